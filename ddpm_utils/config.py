@@ -1,0 +1,182 @@
+"""Every knob of a training run in one frozen, validated dataclass."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+
+from . import runtime
+
+DATASETS = ("fashion_mnist", "mnist", "digits")
+SCHEDULES = ("linear", "cosine")
+TARGETS = ("eps", "x0", "v")
+
+# Fields that decide what a set of weights means. Runs that agree on them can share weights.
+WEIGHT_FIELDS = (
+    "dataset", "image_size", "channels", "timesteps", "schedule", "beta_scale", "target",
+    "widths", "blocks", "attention_levels", "fold", "time_dim", "groups", "heads", "num_classes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. `TrainConfig(schedule="linear", target="eps")` is DDPM's Algorithms 1 and 2 to the letter.
+
+    Raises ValueError on construction, naming the field, its value, what was expected and the nearest fix.
+    """
+
+    # data
+    dataset: str = "fashion_mnist"  # one of DATASETS
+    image_size: int = 28  # pixels a side, 8 … 256
+    channels: int = 1  # 1 (grey) or 3 (RGB)
+    # diffusion
+    timesteps: int = 1000  # T, 2 … 10000
+    schedule: str = "cosine"  # one of SCHEDULES
+    beta_scale: float = 1.0  # multiplies the linear betas; 1000 / T keeps the total noise when T is not 1000
+    target: str = "v"  # what the network predicts, one of TARGETS
+    # network
+    widths: tuple[int, ...] = (32, 64)  # channels of each level, multiples of `groups`
+    blocks: int = 2  # residual blocks a level, down and up, 1 … 8
+    attention_levels: tuple[int, ...] = (1,)  # levels (0 is the finest) with self-attention
+    fold: int = 2  # f × f pixels become one position with f² times the channels; 1 leaves the image alone
+    time_dim: int = 128  # width of the time embedding, even
+    groups: int = 8  # of the group normalisations
+    heads: int = 4  # of the attention; must divide the width of the levels that attend
+    dropout: float = 0.0  # 0 … 0.9, in the residual blocks, in training only
+    num_classes: int = 0  # 0: no labels
+    # optimisation
+    epochs: float = 2.3  # passes over the training images, may be a fraction
+    batch_size: int = 32  # images a step, 1 … 4096
+    lr: float = 2e-3  # peak learning rate of AdamW, 1e-6 … 1e-1
+    warmup_steps: int = 100  # steps of linear rise to `lr`
+    decay_from: float = 0.3  # share of the run after which the rate falls linearly, 0 … 1
+    lr_floor: float = 0.02  # share of `lr` left at the end
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0  # largest norm of the gradient
+    ema_decay: float = 0.99  # 0 (no averaging) … 0.99999
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("widths", "attention_levels"):  # a list read from JSON is as good as a tuple
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._one_of("dataset", DATASETS)
+        self._one_of("schedule", SCHEDULES)
+        self._one_of("target", TARGETS)
+        self._within("image_size", 8, 256)
+        self._one_of("channels", (1, 3))
+        self._within("timesteps", 2, 10_000)
+        self._within("beta_scale", 1e-3, 1e3)
+        self._within("blocks", 1, 8)
+        self._within("fold", 1, 8)
+        self._within("dropout", 0.0, 0.9)
+        self._within("num_classes", 0, 10_000)
+        self._within("epochs", 1e-6, 1e5)
+        self._within("batch_size", 1, 4096)
+        self._within("lr", 1e-6, 1e-1)
+        self._within("warmup_steps", 0, 1_000_000)
+        self._within("decay_from", 0.0, 1.0)
+        self._within("lr_floor", 0.0, 1.0)
+        self._within("weight_decay", 0.0, 1.0)
+        self._within("grad_clip", 1e-6, 1e6)
+        self._within("ema_decay", 0.0, 0.99999)
+        if not self.widths:
+            raise ValueError("widths is empty: give one number of channels a level, such as (32, 64)")
+        for level in self.attention_levels:
+            if not 0 <= level < len(self.widths):
+                raise ValueError(
+                    f"attention_levels holds {level}, but widths {self.widths} has levels 0 … {len(self.widths) - 1}"
+                )
+
+    def _one_of(self, name, options):
+        value = getattr(self, name)
+        if value not in options:
+            raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(map(repr, options))}")
+
+    def _within(self, name, low, high):
+        value = getattr(self, name)
+        if (
+            isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high
+        ):  # NaN fails the comparison
+            nearest = min(max(value, low), high) if isinstance(value, int | float) and value == value else low
+            raise ValueError(f"{name}={value!r} is outside {low} … {high}: the nearest allowed value is {nearest}")
+        if isinstance(low, int) and value != int(value):
+            raise ValueError(f"{name}={value!r} must be a whole number: try {round(value)}")
+
+    def network(self) -> dict:
+        """Keyword arguments for `unet.UNet`."""
+        names = (
+            "channels",
+            "widths",
+            "blocks",
+            "attention_levels",
+            "fold",
+            "time_dim",
+            "groups",
+            "heads",
+            "dropout",
+            "num_classes",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def noise(self) -> dict:
+        """Keyword arguments for `schedules.make_schedule`."""
+        return {"name": self.schedule, "timesteps": self.timesteps, "scale": self.beta_scale}
+
+    def steps(self, n_images: int) -> int:
+        """Optimizer steps in the whole run over `n_images` training images, at least 1."""
+        return max(1, round(self.epochs * n_images / self.batch_size))
+
+    def replace(self, **changes) -> "TrainConfig":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def run_name(self) -> str:
+        """A folder name that no run with another config has, such as `fashion_mnist-v-1f0a9c3e`."""
+        digest = hashlib.sha256(repr(sorted(self.to_dict().items())).encode()).hexdigest()[:8]
+        return f"{self.dataset}-{self.target}-{digest}"
+
+    def to_dict(self) -> dict:
+        """Plain values only, fit for JSON and for a checkpoint."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
+        }
+
+    def differences(self, other: "TrainConfig", fields=WEIGHT_FIELDS) -> list[str]:
+        """The `fields` in which two configs differ, each as `name: mine against theirs`; empty if weights can be shared."""
+        return [
+            f"{f}: {getattr(self, f)!r} against {getattr(other, f)!r}"
+            for f in fields
+            if getattr(self, f) != getattr(other, f)
+        ]
+
+
+def from_dict(values: dict) -> TrainConfig:
+    """The config that `TrainConfig.to_dict` wrote. Raises ValueError on a field that this version does not know."""
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(TrainConfig)})
+    if unknown:
+        raise ValueError(
+            f"unknown config field {', '.join(unknown)}: the file comes from another version of ddpm_utils"
+        )
+    return TrainConfig(**values)
+
+
+def preset_for(device_type: str) -> dict:
+    """Fields that suit the hardware: nothing on a CPU; on a GPU wider levels, larger batches and more passes."""
+    if device_type == "cpu":
+        return {}
+    return {"widths": (64, 128), "batch_size": 128, "epochs": 12.0, "ema_decay": 0.999}
+
+
+def for_this_run(cfg: TrainConfig) -> TrainConfig:
+    """`cfg`, or in fast mode the same run with everything that costs time shrunk; betas grow as T shrinks, so the noise stays."""
+    if not runtime.is_fast():
+        return cfg
+    timesteps = min(cfg.timesteps, 50)
+    return cfg.replace(
+        timesteps=timesteps,
+        beta_scale=min(cfg.beta_scale * cfg.timesteps / timesteps, 40.0),
+        widths=tuple(2 * cfg.groups for _ in cfg.widths),
+        blocks=1,
+        batch_size=min(cfg.batch_size, 16),
+        epochs=min(cfg.epochs, 0.5),
+        warmup_steps=min(cfg.warmup_steps, 5),
+    )

@@ -1,0 +1,33 @@
+"""How a network is told the time."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """sin(t·w_i) for i = 0 … dim/2 − 1, then cos(t·w_i), with w_i = max_period^(−2i/dim) (Transformer, arXiv 1706.03762, 3.5).
+
+    t: (B,) numbers, whole or not; returns (B, dim) float32 in [−1, 1]. Raises ValueError if dim is odd or below 2.
+    """
+    if dim < 2 or dim % 2:
+        raise ValueError(
+            f"dim={dim} must be even and at least 2, since sines and cosines come in pairs: try {max(2, dim + dim % 2)}"
+        )
+    i = torch.arange(dim // 2, device=t.device)
+    w = torch.exp(-math.log(max_period) * 2 * i / dim)
+    angles = t.float()[:, None] * w[None, :]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """t (B,) → (B, dim): the sinusoid, then Linear – SiLU – Linear, so that the network can reshape it to its needs."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(sinusoidal_embedding(t, self.dim))

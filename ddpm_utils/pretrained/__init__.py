@@ -1,0 +1,85 @@
+"""Small weights of our own training, each beside a JSON card that says how it was made."""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+
+from .. import data, runtime, training
+from ..config import TrainConfig, from_dict
+from ..unet import UNet
+
+FOLDER = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """The weights that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def card(name: str) -> dict:
+    """How the weights `name` were made. Raises FileNotFoundError that lists the names there are."""
+    path = FOLDER / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no pretrained weights {name!r}: there are {', '.join(names()) or 'none'}")
+    return json.loads(path.read_text())
+
+
+def load(name: str, device="cpu") -> tuple[UNet, TrainConfig]:
+    """The averaged network `name` in eval mode on `device`, and its config. Reads tensors only, no code."""
+    cfg = from_dict(card(name)["config"])
+    model = UNet(**cfg.network())
+    model.load_state_dict(torch.load(FOLDER / f"{name}.pt", map_location="cpu", weights_only=True))
+    return model.to(device, memory_format=torch.channels_last).eval(), cfg
+
+
+def matching(cfg: TrainConfig) -> str | None:
+    """The name of shipped weights that `cfg` can use, or None."""
+    return next((name for name in names() if not cfg.differences(from_dict(card(name)["config"]))), None)
+
+
+def obtain(cfg: TrainConfig, device="cpu", seconds: float = 60.0) -> UNet:
+    """An averaged network in eval mode whose weights fit `cfg`, saying in one line where it comes from.
+
+    First a checkpoint of lesson 04 under `checkpoints/`, the newest whose config agrees on `config.WEIGHT_FIELDS`; else shipped
+    weights that do; else one trained here and now for `seconds`, which is said loudly.
+    """
+    model = UNet(**cfg.network())
+    files = sorted(
+        runtime.checkpoint_dir("lesson_04").glob("*/last.pt"), key=lambda path: path.stat().st_mtime, reverse=True
+    )
+    for path in files:
+        try:
+            payload = training.read_checkpoint(path)
+            if cfg.differences(from_dict(payload["config"])):
+                continue
+        except ValueError as error:
+            print(f"weights: passed over {runtime.short_path(path)}: {error}")
+            continue
+        model.load_state_dict(payload["ema"])
+        print(f"weights: your own, from {runtime.short_path(path)}, {payload['step']:,} steps")
+        return model.to(device, memory_format=torch.channels_last).eval()
+    name = matching(cfg)
+    if name is not None:
+        made = card(name)
+        print(f"weights: shipped with the package, {name}, {made['minutes']} minutes on {made['hardware']}")
+        return load(name, device)[0]
+    print(
+        f"WEIGHTS: NONE FIT THIS CONFIG. Training for {seconds:.0f} s now; expect rough pictures. Lesson 04 trains properly."
+    )
+    return _train_briefly(cfg, model, device, seconds)
+
+
+def _train_briefly(cfg: TrainConfig, model: UNet, device, seconds: float) -> UNet:
+    """Measure the speed over a few steps, then train as many as fit into `seconds`, with the learning rate falling to its end."""
+    images = data.load_images(cfg.dataset, image_size=cfg.image_size).images
+    few = cfg.replace(epochs=5 * cfg.batch_size / len(images))
+    for record in training.train(training.TrainState(few, copy.deepcopy(model), device), images):  # noqa: B007
+        pass
+    seen = min(record.images_per_second * seconds, cfg.epochs * len(images))
+    state = training.TrainState(cfg.replace(epochs=max(1e-6, seen / len(images))), model, device)
+    for record in training.train(state, images):  # noqa: B007
+        pass
+    print(f"weights: trained {record.step:,} steps, loss {record.loss:.3f}")
+    return state.ema.model

@@ -1,0 +1,73 @@
+"""Train the weights that come with the package: `python -m ddpm_utils.pretrained.make [name …]`, or `make pretrained`.
+
+A run that is cut short goes on from its last checkpoint under `checkpoints/` when the same command is given again.
+"""
+
+import datetime
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .. import data, runtime, training
+from ..config import TrainConfig
+from ..unet import UNet
+from . import FOLDER
+
+RECIPES = {
+    "fashion_mnist": TrainConfig(dataset="fashion_mnist", epochs=16, batch_size=64, warmup_steps=200, ema_decay=0.999),
+    "mnist": TrainConfig(dataset="mnist", epochs=8, batch_size=64, warmup_steps=200, ema_decay=0.999),
+}
+
+
+def make(name: str) -> Path:
+    """Train `name` to the end of its recipe and write its weights and card beside this file. Returns the card's path."""
+    cfg = RECIPES[name]
+    device = runtime.pick_device()
+    runtime.seed_everything(cfg.seed)
+    train_set, test_set = data.load_images(cfg.dataset, "train"), data.load_images(cfg.dataset, "test")
+    if train_set.title != data.TITLES[cfg.dataset]:
+        raise FileNotFoundError(f"{cfg.dataset} was not found: weights for it cannot be made from {train_set.title}")
+    state = training.TrainState(cfg, UNet(**cfg.network()), device)
+    folder = runtime.ROOT / "checkpoints" / f"pretrained_{name}"
+    minutes_file = folder / "minutes.json"
+    minutes = 0.0
+    if (folder / "last.pt").is_file():
+        training.load_checkpoint(folder / "last.pt", state)
+        minutes = json.loads(minutes_file.read_text())
+        print(f"{name}: goes on from step {state.step}, after {minutes:.1f} minutes")
+    start = time.perf_counter() - 60 * minutes
+    for record in training.train(state, train_set.images, test_set.images[:2048], folder, evaluate_every=250):
+        if record.held_out is not None:
+            minutes = (time.perf_counter() - start) / 60
+            minutes_file.write_text(json.dumps(minutes))
+            print(f"{name}: step {record.step}/{record.total}, {minutes:.1f} min, {record.images_per_second:.0f} images/s, "
+                  f"held-out loss {record.held_out:.4f}", flush=True)  # fmt: skip
+    if state.stopped:
+        raise SystemExit(f"{name}: stopped at step {state.step}; the same command goes on from there")
+    torch.save(state.ema.model.state_dict(), FOLDER / f"{name}.pt")
+    card = {
+        "config": cfg.to_dict(),
+        "data": f"{train_set.title}, {len(train_set):,} training images",
+        "weights": f"average (EMA) after {state.step:,} steps",
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "held_out_loss": round(record.held_out, 5),
+        "held_out_images": 2048,
+        "hardware": runtime.hardware(device),
+        "torch": torch.__version__,
+        "minutes": round(minutes, 1),
+        "seed": cfg.seed,
+        "date": datetime.date.today().isoformat(),
+        "licence": "MIT, like the rest of this repository",
+    }
+    path = FOLDER / f"{name}.json"
+    path.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    print(f"{name}: wrote {runtime.short_path(path)}")
+    return path
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or RECIPES:
+        make(wanted)
