@@ -27,7 +27,7 @@ FILES = {
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images: (N, C, H, W) uint8; labels: (N,) long; classes: a name a label; title: what they are; source: where they came from."""
+    """images: (N, C, H, W) uint8; labels: (N,) long; classes: a name a label; title: what they are; source: where from."""
 
     images: Tensor
     labels: Tensor
@@ -105,46 +105,48 @@ def load_images(
     return ImageSet(images, labels, classes, TITLES[dataset], source)
 
 
+def raw_folder(dataset: str, root: Path) -> Path:
+    """Where torchvision keeps the files of `dataset` below `root`."""
+    return root / TITLES[dataset].replace("-", "") / "raw"
+
+
+def damaged_files(dataset: str, root: Path, splits=tuple(FILES)) -> list[str] | None:
+    """None if a file of the splits is missing under `root`; else those whose checksum is not the published one."""
+    from torchvision.datasets.utils import check_integrity
+
+    folder, files = raw_folder(dataset, root), [file for split in splits for file in FILES[split]]
+    if not all((folder / file).is_file() for file in files):
+        return None
+    checksums = dict(_torchvision_class(dataset).resources)
+    return [file for file in files if not check_integrity(str(folder / file), checksums[file])]
+
+
 def _from_folders(dataset: str, split: str) -> tuple[Tensor, Tensor, str] | None:
-    """Images, labels and source from the first of the three folders' rungs that holds, or None."""
-    name = TITLES[dataset].replace("-", "")
+    """Images, labels and source from the first rung that is a folder and holds, or None."""
     override, own = runtime.data_dir_override(), runtime.data_dir()
     if override is not None:
-        folder = override / name / "raw"
-        damaged = _damaged(dataset, split, folder)
+        damaged = damaged_files(dataset, override, [split])
         if damaged:
             raise ValueError(
-                f"{damaged[0]} in {folder} is damaged (its checksum is not the published one): replace it, or unset DDPM_DATA_DIR"
+                f"{damaged[0]} in {raw_folder(dataset, override)} is damaged (its checksum is not the published one): "
+                "replace it, or unset DDPM_DATA_DIR"
             )
         if damaged is not None:
-            return *_read(split, folder), "DDPM_DATA_DIR"
+            return *_read(split, raw_folder(dataset, override)), "DDPM_DATA_DIR"
         print(f"data: no {TITLES[dataset]} in DDPM_DATA_DIR ({runtime.short_path(override)}), looking further")
-    folder = own / name / "raw"
-    damaged = _damaged(dataset, split, folder)
-    if damaged:
-        print(f"data: {', '.join(damaged)} in {runtime.short_path(folder)} is damaged and will be replaced")
-        for file in damaged:
-            (folder / file).unlink()
-    if damaged is None or damaged:
-        if not _download(dataset, own) or _damaged(dataset, split, folder) != []:
-            return None
-    return *_read(split, folder), runtime.short_path(own)
+    damaged = damaged_files(dataset, own, [split])
+    for file in damaged or ():
+        print(f"data: {file} in {runtime.short_path(own)} is damaged and will be replaced")
+        (raw_folder(dataset, own) / file).unlink()
+    if damaged != [] and not (_download(dataset, own) and damaged_files(dataset, own, [split]) == []):
+        return None
+    return *_read(split, raw_folder(dataset, own)), runtime.short_path(own)
 
 
 def _torchvision_class(dataset: str):
     import torchvision  # a second or two: paid only by those who look for these sets
 
     return {"fashion_mnist": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST}[dataset]
-
-
-def _damaged(dataset: str, split: str, folder: Path) -> list[str] | None:
-    """None if a file of the split is missing; else the files whose checksum is wrong (none: an empty list)."""
-    if not all((folder / file).is_file() for file in FILES[split]):
-        return None
-    from torchvision.datasets.utils import check_integrity
-
-    checksums = dict(_torchvision_class(dataset).resources)
-    return [file for file in FILES[split] if not check_integrity(str(folder / file), checksums[file])]
 
 
 def _read(split: str, folder: Path) -> tuple[Tensor, Tensor]:

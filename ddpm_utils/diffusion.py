@@ -1,4 +1,4 @@
-"""The closed-form mathematics: q, its posterior, p, and the loss. Free functions; every name is the paper's (arXiv 2006.11239)."""
+"""The closed-form mathematics: q, its posterior, p, and the loss, named as in DDPM (arXiv 2006.11239)."""
 
 import torch
 import torch.nn.functional as F

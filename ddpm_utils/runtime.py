@@ -17,7 +17,7 @@ def is_fast() -> bool:
 
 
 def shrink(full, fast):
-    """`full`, or `fast` in fast mode. Lessons shrink their own counts with this; networks shrink in `config.for_this_run`."""
+    """`full`, or `fast` in fast mode. Lessons shrink their counts with this; networks shrink in `config.for_this_run`."""
     return fast if is_fast() else full
 
 
@@ -38,13 +38,13 @@ def pick_device(name: str | None = None) -> torch.device:
 def seed_everything(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Seed Python, NumPy and PyTorch, and return a generator on `device` with the same seed for draws that must repeat."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 — for libraries that draw from the global generator
     torch.manual_seed(seed)
     return torch.Generator(device=device).manual_seed(seed)
 
 
 def autocast(device: torch.device | str):
-    """bfloat16 autocast where the hardware gains from it (NVIDIA, compute capability 8 or more), else a context that does nothing."""
+    """bfloat16 autocast where the hardware gains from it (NVIDIA, compute capability 8 or more), else nothing."""
     device = torch.device(device)
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
         return torch.autocast("cuda", dtype=torch.bfloat16)
@@ -71,7 +71,7 @@ def output_dir(*parts: str) -> Path:
 
 
 def checkpoint_dir(*parts: str) -> Path:
-    """`checkpoints/` beside the package (`checkpoints/fast/` in fast mode, whose weights are worth nothing), with `parts` below."""
+    """`checkpoints/` beside the package, with `parts` below it; `checkpoints/fast/` in fast mode, whose weights are poor."""
     return ROOT.joinpath("checkpoints", *(["fast"] if is_fast() else []), *parts)
 
 

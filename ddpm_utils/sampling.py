@@ -1,6 +1,7 @@
 """Samplers: generators that yield every state on the way from noise to picture, and a function that keeps the last."""
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -44,10 +45,7 @@ def ddpm_sample(model, schedule: NoiseSchedule, shape, target: str = "eps", vari
 
 def last(states: Iterator[tuple[int, Tensor, Tensor]]) -> Tensor:
     """Run a sampler to its end and return the finished pictures."""
-    x_t = None
-    for _, x_t, _ in states:
-        pass
-    return x_t
+    return deque(states, maxlen=1).pop()[1]
 
 
 def keep(states: Iterator[tuple[int, Tensor, Tensor]], wanted) -> dict[int, tuple[Tensor, Tensor]]:
