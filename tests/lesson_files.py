@@ -1,0 +1,49 @@
+"""What several test files need of the lessons: reading them, and running them changed."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import lessons as tool  # noqa: E402
+
+COPIES = ROOT / "outputs" / "test" / "lessons"  # where `make test` leaves the lessons it executed in fast mode
+
+
+def lesson_names() -> list[str]:
+    return [path.stem for path in tool.lessons()]
+
+
+def read_lesson(name: str, folder: Path = tool.NOTEBOOKS):
+    return nbformat.read(folder / f"{name}.ipynb", as_version=4)
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def code_of(notebook) -> str:
+    return "\n\n".join(cell.source for cell in code_cells(notebook))
+
+
+def text_of(notebook) -> str:
+    return "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def outputs_of(notebook) -> list:
+    return [output for cell in code_cells(notebook) for output in cell.outputs]
+
+
+def pictures_of(notebook) -> list[bytes]:
+    """The decoded bytes of every picture in the outputs."""
+    import base64
+
+    found = [output.get("data", {}).get("image/png") for output in outputs_of(notebook)]
+    return [base64.b64decode(text) for text in found if text]
+
+
+def printed(notebook) -> str:
+    return "".join(output.text for output in outputs_of(notebook) if output.output_type == "stream")
