@@ -95,6 +95,7 @@ def doctor() -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Read the command line and run the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m ddpm_utils", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="say what is installed, what runs here, and what to do about the rest")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from dataclasses import dataclass
 
 from . import runtime
@@ -57,7 +58,10 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("widths", "attention_levels"):  # a list read from JSON is as good as a tuple
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or any(type(value) is not int for value in values):
+                raise ValueError(f"{name}={values!r} must be a tuple of whole numbers, such as (32, 64) or (1,)")
+            object.__setattr__(self, name, tuple(values))
         self._one_of("dataset", DATASETS)
         self._one_of("schedule", SCHEDULES)
         self._one_of("target", TARGETS)
@@ -67,6 +71,12 @@ class TrainConfig:
         self._within("beta_scale", 1e-3, 1e3)
         self._within("blocks", 1, 8)
         self._within("fold", 1, 8)
+        self._within("time_dim", 2, 4096)
+        if self.time_dim % 2:
+            raise ValueError(f"time_dim={self.time_dim} must be even, for sines and cosines: try {self.time_dim + 1}")
+        self._within("groups", 1, 1024)
+        self._within("heads", 1, 1024)
+        self._within("seed", 0, 2**32 - 1)
         self._within("dropout", 0.0, 0.9)
         self._within("num_classes", 0, 10_000)
         self._within("epochs", 1e-6, 1e5)
@@ -80,6 +90,12 @@ class TrainConfig:
         self._within("ema_decay", 0.0, 0.99999)
         if not self.widths:
             raise ValueError("widths is empty: give one number of channels a level, such as (32, 64)")
+        for i, width in enumerate(self.widths):
+            for name in ("groups", "heads") if i in self.attention_levels else ("groups",):
+                n = getattr(self, name)
+                if width < 1 or width % n:
+                    nearest = max(1, round(width / n)) * n
+                    raise ValueError(f"{name}={n} does not divide widths[{i}]={width}: try a width of {nearest}")
         for level in self.attention_levels:
             if not 0 <= level < len(self.widths):
                 raise ValueError(
@@ -100,6 +116,7 @@ class TrainConfig:
             raise ValueError(f"{name}={value!r} is outside {low} … {high}: the nearest allowed value is {nearest}")
         if isinstance(low, int) and value != int(value):
             raise ValueError(f"{name}={value!r} must be a whole number: try {round(value)}")
+        object.__setattr__(self, name, type(low)(value))  # 2 and 2.0 are one config with one `run_name`
 
     def network(self) -> dict:
         """Keyword arguments for `unet.UNet`."""
@@ -174,7 +191,7 @@ def for_this_run(cfg: TrainConfig) -> TrainConfig:
     return cfg.replace(
         timesteps=timesteps,
         beta_scale=min(cfg.beta_scale * cfg.timesteps / timesteps, 40.0),
-        widths=tuple(2 * cfg.groups for _ in cfg.widths),
+        widths=tuple(math.lcm(2 * cfg.groups, cfg.heads) for _ in cfg.widths),
         blocks=1,
         batch_size=min(cfg.batch_size, 16),
         epochs=min(cfg.epochs, 0.5),

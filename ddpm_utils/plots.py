@@ -41,6 +41,10 @@ class Picture:
     alt: str
     width: int | None = None
 
+    def __post_init__(self):
+        if not self.alt.strip():
+            raise ValueError("alt is empty: say in a sentence what the picture shows")
+
     def _repr_mimebundle_(self, include=None, exclude=None):
         metadata = {"alt": self.alt} | ({"width": self.width} if self.width else {})
         return {"image/png": base64.b64encode(self.data).decode(), "text/plain": self.alt}, {"image/png": metadata}
@@ -55,8 +59,6 @@ def figure(rows: int = 1, cols: int = 1, width: float = 7.0, height: float | Non
 
 def show(fig: Figure, alt: str) -> Picture:
     """Turn a figure into a Picture; `alt` says in a sentence what it shows. Raises ValueError on an empty alt."""
-    if not alt.strip():
-        raise ValueError("alt is empty: say in a sentence what the figure shows")
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=STYLE["savefig.dpi"])
     return Picture(buffer.getvalue(), alt)
@@ -144,6 +146,10 @@ def save_gif(path: Path | str, frames, columns: int | None = None, ms: int = 60,
         raise ValueError("a GIF of zero frames cannot be written: keep some states of the sampler first")
     if any(f.shape != frames[0].shape for f in frames):
         raise ValueError(f"frames have different shapes: {sorted({tuple(f.shape) for f in frames})}")
+    for name, value, low, high in (("greys", greys, 2, 256), ("scale", scale, 1, 64), ("ms", ms, 10, 60_000),
+                                   ("hold_ms", hold_ms, 10, 60_000)):  # fmt: skip
+        if not low <= value <= high:
+            raise ValueError(f"{name}={value} is outside {low} … {high}")
     step = 255 / (greys - 1)
     pictures = []
     for frame in frames:
@@ -152,7 +158,8 @@ def save_gif(path: Path | str, frames, columns: int | None = None, ms: int = 60,
         pictures.append(picture.repeat(scale, axis=0).repeat(scale, axis=1))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(path, np.stack(pictures), extension=".gif", duration=[ms] * (len(pictures) - 1) + [hold_ms], loop=0)
+    times = [ms] * (len(pictures) - 1) + [hold_ms] if len(pictures) > 1 else hold_ms  # one frame takes no list
+    iio.imwrite(path, np.stack(pictures), extension=".gif", is_batch=True, duration=times, loop=0)
     return path
 
 

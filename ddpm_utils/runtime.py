@@ -26,12 +26,19 @@ def pick_device(name: str | None = None) -> torch.device:
 
     Raises ValueError if `name` is no device that this machine has.
     """
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = (
+        ["cpu"]
+        + ["cuda"] * (cards > 0)
+        + [f"cuda:{i}" for i in range(cards)]
+        + ["mps"] * torch.backends.mps.is_available()
+    )
     if name is None:
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
-    if not available.get(str(name).split(":")[0], False):
-        here = ", ".join(kind for kind, there in available.items() if there)
-        raise ValueError(f"device {name!r} is not here; this machine has: {here}. Leave it out to take the best one.")
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if kind in here))
+    if str(name) not in here:
+        raise ValueError(
+            f"device {name!r} is not here; this machine has: {', '.join(here)}. Leave it out to take the best one."
+        )
     return torch.device(name)
 
 
@@ -78,7 +85,7 @@ def checkpoint_dir(*parts: str) -> Path:
 def short_path(path: Path | str) -> str:
     """`path` relative to the project where it lies inside it, else its last two parts: fit to print in a shared notebook."""
     path = Path(path).resolve()
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else "/".join(path.parts[-2:])
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else "/".join(path.parts[1:][-2:])
 
 
 def hardware(device: torch.device | str) -> str:

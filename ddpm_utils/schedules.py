@@ -49,6 +49,7 @@ class NoiseSchedule:
         return len(self.betas)
 
     def to(self, device) -> "NoiseSchedule":
+        """Move the three vectors, in place as `nn.Module.to` does, and return self."""
         self.betas, self.alphas, self.alpha_bars = (v.to(device) for v in (self.betas, self.alphas, self.alpha_bars))
         return self
 

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,8 +141,14 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
     Raises ValueError on images that are not uint8 or are empty; TrainingDiverged when the loss is no finite number.
     """
     cfg, images = state.cfg, check_images(images).to(state.device)
+    if held_out is not None:
+        check_images(held_out)
+    if labels is not None:
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}, expected one a picture: ({len(images)},)")
+        labels = labels.to(state.device)
     total = cfg.steps(len(images))
-    every = evaluate_every or max(1, total // 10)
+    every = evaluate_every or math.ceil(total / 10)
     state.model.train()
     state.stopped = False
     with _stop_between_steps(state):
@@ -165,12 +172,16 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
             state.step += 1
             speed = (state.step - clock_step) * cfg.batch_size / (time.perf_counter() - clock)
             measured = None
-            if state.step % every == 0 or state.step == total or state.stopped:
+            if state.step % every == 0 or state.step == total:
                 measured = _measure_and_save(state, held_out, folder)
             yield StepRecord(state.step, total, loss, lr, speed, measured)
+        if state.stopped and folder is not None:  # the stop may have come in a step, or while the caller was drawing
+            _measure_and_save(state, None, folder)
 
 
 def _measure_and_save(state: TrainState, held_out: Tensor | None, folder: Path | str | None) -> float | None:
+    if not all(weight.isfinite().all() for weight in state.model.parameters()):
+        raise TrainingDiverged(_divergence(state, math.nan, folder))
     measured = None if held_out is None else held_out_loss(state.ema.model, state.schedule, held_out, state.cfg.target)
     better = measured is not None and measured < state.best
     if better:
@@ -286,21 +297,32 @@ def read_checkpoint(path: Path | str) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no checkpoint at {path}: train first, or look for last.pt and best.pt in the run's folder"
+            f"no checkpoint at {runtime.short_path(path)}: train first, or look for last.pt and best.pt in the run's folder"
         )
     try:
+        with zipfile.ZipFile(path) as file:  # PyTorch itself does not look at the checksums
+            if file.testzip():
+                raise ValueError("a checksum is wrong")
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"{path} is no whole checkpoint ({type(error).__name__}): delete it and take another, such as best.pt"
+            f"{runtime.short_path(path)} is no whole checkpoint ({type(error).__name__}): take another, such as best.pt"
         ) from error
-    if not isinstance(payload, dict) or "schema" not in payload or "config" not in payload:
-        raise ValueError(f"{path} was not written by ddpm_utils: it has no schema and config")
+    if not isinstance(payload, dict) or not {"schema", "config"} <= payload.keys():
+        raise ValueError(f"{runtime.short_path(path)} was not written by ddpm_utils: it has no schema and config")
     if payload["schema"] != SCHEMA:
         raise ValueError(
-            f"{path} has schema {payload['schema']}, this version reads {SCHEMA}: train again, or use the version that wrote it"
+            f"{runtime.short_path(path)} has schema {payload['schema']}, this version reads {SCHEMA}: "
+            "train again, or use the version that wrote it"
         )
     return payload
+
+
+def check_weights(path: Path | str, weights, model: nn.Module) -> None:
+    """Raise ValueError unless `weights`, read from `path`, are a state dict with the names and shapes of `model`."""
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    if not isinstance(weights, dict) or {name: getattr(w, "shape", None) for name, w in weights.items()} != shapes:
+        raise ValueError(f"{runtime.short_path(path)} holds no weights of this network: take another file")
 
 
 def load_checkpoint(path: Path | str, state: TrainState, strict: bool = True) -> TrainState:
@@ -317,6 +339,8 @@ def load_checkpoint(path: Path | str, state: TrainState, strict: bool = True) ->
         raise ValueError(
             f"the config does not match {runtime.short_path(path)} (yours against the file's): {'; '.join(differing)}"
         )
+    check_weights(path, payload.get("model"), state.model)
+    check_weights(path, payload.get("ema"), state.ema.model)
     state.model.load_state_dict(payload["model"])
     state.ema.model.load_state_dict(payload["ema"])
     state.optimizer.load_state_dict(payload["optimizer"])

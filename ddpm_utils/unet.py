@@ -26,9 +26,10 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 
 class ResBlock(nn.Module):
-    """(B, c_in, H, W), (B, time_dim) → (B, c_out, H, W): two convolutions beside a shortcut; time scales and shifts between them.
+    """(B, c_in, H, W), (B, time_dim) → (B, c_out, H, W): two convolutions beside a shortcut.
 
-    The scale and shift come after the second normalisation (as in Improved DDPM), which therefore cannot undo them.
+    Time scales and shifts what runs between the two, after the second normalisation (as in Improved DDPM), which
+    therefore cannot undo it.
     """
 
     def __init__(self, c_in: int, c_out: int, time_dim: int, groups: int = 8, dropout: float = 0.0):

@@ -41,6 +41,7 @@ def execute(notebook, folder: Path, env: dict | None = None) -> float:
         timeout=None,
         kernel_name="python3",
         record_timing=False,
+        coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
     )
     start = time.perf_counter()

@@ -15,12 +15,26 @@ class Verdict:
 
 
 def right(words: str) -> Verdict:
+    """The verdict on a right answer."""
     return Verdict(True, words)
 
 
 def wrong(words: str) -> Verdict:
+    """The verdict on a wrong answer: `words` say what is wrong and why."""
     return Verdict(False, words)
 
 
 def unanswered(words: str = "not answered yet: put your answer in the place of None and run the cell again") -> Verdict:
+    """The verdict where nothing has been answered yet."""
     return Verdict(None, words)
+
+
+def attempt(answer, *arguments):
+    """(result of the reader's function, None), or (None, a verdict) where there is none to judge: no answer yet, or an error."""
+    if answer is None:
+        return None, unanswered()
+    try:
+        result = answer(*arguments)
+    except Exception as error:  # whatever a reader's function raises is news for the reader
+        return None, wrong(f"your function stopped with {type(error).__name__}: {error}")
+    return result, unanswered() if result is None else None

@@ -30,7 +30,17 @@ def load(name: str, device="cpu") -> tuple[UNet, TrainConfig]:
     """The averaged network `name` in eval mode on `device`, and its config. Reads tensors only, no code."""
     cfg = from_dict(card(name)["config"])
     model = UNet(**cfg.network())
-    model.load_state_dict(torch.load(FOLDER / f"{name}.pt", map_location="cpu", weights_only=True))
+    path = FOLDER / f"{name}.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} is missing beside its card: take it from the repository again")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path.name} is damaged ({type(error).__name__}): take it from the repository again"
+        ) from error
+    training.check_weights(path, weights, model)
+    model.load_state_dict(weights)
     return model.to(device, memory_format=torch.channels_last).eval(), cfg
 
 
@@ -54,6 +64,7 @@ def obtain(cfg: TrainConfig, device="cpu", seconds: float = 60.0) -> UNet:
             payload = training.read_checkpoint(path)
             if cfg.differences(from_dict(payload["config"])):
                 continue
+            training.check_weights(path, payload.get("ema"), model)
         except ValueError as error:
             print(f"weights: passed over {runtime.short_path(path)}: {error}")
             continue

@@ -46,6 +46,7 @@ def make(name: str) -> Path:
             print(f"{name}: step {record.step}/{record.total}, {minutes:.1f} min, {record.images_per_second:.0f} images/s, "
                   f"held-out loss {record.held_out:.4f}", flush=True)  # fmt: skip
     if state.stopped:
+        minutes_file.write_text(json.dumps((time.perf_counter() - start) / 60))
         raise SystemExit(f"{name}: stopped at step {state.step}; the same command goes on from there")
     torch.save(state.ema.model.state_dict(), FOLDER / f"{name}.pt")
     card = {

@@ -1,0 +1,161 @@
+"""Every knob: its range, and what keeps two runs apart."""
+
+import dataclasses
+import inspect
+import json
+import math
+
+import pytest
+
+from ddpm_utils import config, schedules
+from ddpm_utils.config import TrainConfig
+from ddpm_utils.unet import UNet
+
+FIELDS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+NAN, INF = float("nan"), float("inf")
+BAD = {
+    "dataset": ["cifar", "", None],
+    "image_size": [0, 7, 257, 28.5, "28", None],
+    "channels": [0, 2, 4, "1"],
+    "timesteps": [0, 1, -5, 10_001, 10.5, "1000", NAN, True],
+    "schedule": ["quadratic", None],
+    "beta_scale": [0, -1, 1e4, NAN, INF, "1"],
+    "target": ["epsilon", None],
+    "widths": [(), (0, 64), (-8, 64), (12, 64), (32.5, 64), ("a", 64), 32, None],
+    "blocks": [0, 9, 1.5],
+    "attention_levels": [(2,), (-1,), ("a",), (0.5,), 1],
+    "fold": [0, 9, 1.5],
+    "time_dim": [0, -2, 15, 2.5, "16"],
+    "groups": [0, -8, 7, 1.5, "8"],
+    "heads": [0, -1, 5, 1.5, "4"],
+    "dropout": [-0.1, 0.95, NAN, "0"],
+    "num_classes": [-1, 1.5],
+    "epochs": [0, -1, NAN, INF, "3"],
+    "batch_size": [0, -1, 4097, 2.5],
+    "lr": [0, -1e-3, 1, NAN],
+    "warmup_steps": [-1, 1.5],
+    "decay_from": [-0.1, 1.1],
+    "lr_floor": [-0.1, 1.1],
+    "weight_decay": [-0.1, 2],
+    "grad_clip": [0, -1, INF, NAN],
+    "ema_decay": [-0.1, 1.0, 1, NAN],
+    "seed": [1.5, "zero", None],
+}
+OTHER = {
+    "dataset": "mnist", "image_size": 32, "channels": 3, "timesteps": 500, "schedule": "linear", "beta_scale": 2.0,
+    "target": "eps", "widths": (32, 32), "blocks": 1, "attention_levels": (), "fold": 1, "time_dim": 64, "groups": 4,
+    "heads": 2, "dropout": 0.1, "num_classes": 10, "epochs": 1.0, "batch_size": 16, "lr": 1e-3, "warmup_steps": 0,
+    "decay_from": 1.0, "lr_floor": 0.0, "weight_decay": 0.1, "grad_clip": 2.0, "ema_decay": 0.0, "seed": 1,
+}  # fmt: skip
+
+
+def test_the_tables_above_name_every_field():
+    assert set(BAD) == set(OTHER) == set(FIELDS)
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in BAD.items() for value in values])
+def test_a_bad_value_is_refused_with_its_field_and_value(field, value):
+    with pytest.raises(ValueError, match=field) as error:
+        TrainConfig(**{field: value})
+    shown = value[0] if isinstance(value, tuple) and value else value
+    assert str(shown) in str(error.value) or value == ()
+
+
+def test_the_ends_of_a_range_are_inside_and_the_nearest_value_is_named():
+    assert TrainConfig(ema_decay=0.99999, dropout=0.9, lr=1e-6, epochs=1e-6, batch_size=4096).batch_size == 4096
+    with pytest.raises(ValueError, match="batch_size=5000.*nearest allowed value is 4096"):
+        TrainConfig(batch_size=5000)
+    with pytest.raises(ValueError, match="nearest allowed value is 0.9$"):
+        TrainConfig(dropout=1.5)
+
+
+@pytest.mark.parametrize("field", [name for name, value in FIELDS.items() if type(value) is int and name != "channels"])
+def test_a_whole_number_written_as_a_float_becomes_an_int(field):
+    assert type(getattr(TrainConfig(**{field: float(FIELDS[field])}), field)) is int
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().lr = 1.0
+
+
+@pytest.mark.parametrize("changes", [{}, OTHER], ids=["default", "other"])
+def test_round_trip_through_a_dict_and_through_json(changes):
+    cfg = TrainConfig(**changes)
+    assert config.from_dict(cfg.to_dict()) == cfg
+    assert config.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+
+
+def test_from_dict_refuses_a_field_it_does_not_know():
+    with pytest.raises(ValueError, match="betas_end"):
+        config.from_dict(TrainConfig().to_dict() | {"betas_end": 0.02})
+
+
+def test_run_name_differs_for_every_field_and_is_a_plain_folder_name():
+    names = [TrainConfig().run_name()] + [TrainConfig(**{field: value}).run_name() for field, value in OTHER.items()]
+    assert len(set(names)) == len(names)
+    assert all(name == name.replace("/", "").replace(" ", "") for name in names)
+
+
+def test_equal_configs_have_the_same_run_name():
+    assert TrainConfig(epochs=2, widths=[32, 64]) == TrainConfig(epochs=2.0)
+    assert TrainConfig(epochs=2, widths=[32, 64]).run_name() == TrainConfig(epochs=2.0).run_name()
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_differences_name_the_field_and_both_values(field):
+    mine, theirs = TrainConfig(), TrainConfig(**{field: OTHER[field]})
+    (line,) = mine.differences(theirs, fields=tuple(FIELDS))
+    assert line.startswith(f"{field}: {FIELDS[field]!r} against {OTHER[field]!r}")
+    assert bool(mine.differences(theirs)) == (field in config.WEIGHT_FIELDS)
+    assert mine.differences(mine, fields=tuple(FIELDS)) == []
+
+
+def test_replace_changes_a_copy_and_checks_it():
+    cfg = TrainConfig()
+    assert cfg.replace(lr=1e-3).lr == 1e-3 and cfg.lr == FIELDS["lr"]
+    with pytest.raises(ValueError, match="target"):
+        cfg.replace(target="x")
+
+
+def test_network_and_noise_are_what_the_two_builders_take():
+    assert set(TrainConfig().network()) == set(inspect.signature(UNet).parameters)
+    assert set(TrainConfig().noise()) == set(inspect.signature(schedules.make_schedule).parameters)
+
+
+@pytest.mark.parametrize(("epochs", "images", "batch", "steps"), [(2, 100, 10, 20), (0.5, 100, 10, 5), (1e-6, 3, 4, 1)])
+def test_steps(epochs, images, batch, steps):
+    assert TrainConfig(epochs=epochs, batch_size=batch).steps(images) == steps
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_presets_make_a_valid_config_and_network(device):
+    UNet(**TrainConfig(**config.preset_for(device)).network())
+
+
+def test_the_config_itself_outside_fast_mode(monkeypatch):
+    monkeypatch.delenv("DDPM_FAST", raising=False)
+    cfg = TrainConfig()
+    assert config.for_this_run(cfg) is cfg
+
+
+@pytest.mark.parametrize("timesteps", [30, 50, 200, 1000, 2000])
+def test_fast_mode_keeps_the_total_noise_of_the_linear_schedule(monkeypatch, timesteps):
+    monkeypatch.setenv("DDPM_FAST", "1")
+    full = TrainConfig(schedule="linear", timesteps=timesteps, beta_scale=1000 / timesteps)
+    fast = config.for_this_run(full)
+    assert fast.timesteps == min(timesteps, 50)
+    noise = [-math.log(schedules.make_schedule(**cfg.noise()).alpha_bars[-1]) for cfg in (full, fast)]
+    assert noise[1] == pytest.approx(noise[0], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"groups": 2, "heads": 16}, {"widths": (64, 128, 256), "attention_levels": (1, 2)}, {"heads": 32}]
+)
+def test_fast_mode_shrinks_any_valid_network_to_a_valid_one(monkeypatch, changes):
+    monkeypatch.setenv("DDPM_FAST", "1")
+    full = TrainConfig(**changes)
+    fast = config.for_this_run(full)
+    small, large = (sum(p.numel() for p in UNet(**cfg.network()).parameters()) for cfg in (fast, full))
+    assert small <= large and len(fast.widths) == len(full.widths)
+    assert fast.steps(1000) < 100

@@ -1,0 +1,182 @@
+"""The perfect denoiser against Bayes in float64, against brute force, and against its own promised loss."""
+
+import pytest
+import torch
+
+from ddpm_utils.diffusion import diffusion_loss, predict_eps, predict_x0, q_sample, velocity
+from ddpm_utils.oracle import GaussianDenoiser, fit_gaussian
+from ddpm_utils.schedules import NoiseSchedule, cosine_betas, linear_betas, make_schedule
+
+TARGETS = ["eps", "x0", "v"]
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def exact(betas):
+    """A schedule that stays in float64, so that a formula can be compared to its last digits."""
+    schedule = NoiseSchedule(betas)
+    schedule.betas, schedule.alphas, schedule.alpha_bars = betas, 1 - betas, (1 - betas).cumprod(0)
+    return schedule
+
+
+def gaussian(d=4, seed=0):
+    """A mean and a full covariance in float64, one direction of it flat."""
+    g = torch.Generator().manual_seed(seed)
+    factor = torch.randn(d, d - 1, generator=g, dtype=torch.float64) * 0.4
+    return torch.randn(d, generator=g, dtype=torch.float64) * 0.3, factor @ factor.T
+
+
+def draw(mean, covariance, n, seed=1):
+    values, vectors = torch.linalg.eigh(covariance)
+    z = torch.randn(n, len(mean), generator=torch.Generator().manual_seed(seed), dtype=mean.dtype)
+    return mean + (z * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def test_x0_hat_is_the_conditional_mean():
+    """Bayes for jointly normal x0 and x_t, at every t: m + Cov(x0, x_t) Cov(x_t)⁻¹ (x_t − E x_t), solved and not decomposed."""
+    mean, cov = gaussian()
+    schedule, t = exact(cosine_betas(50)), torch.arange(50)
+    x_t = torch.randn(50, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    expected = []
+    for ab, x in zip(schedule.alpha_bars, x_t, strict=True):
+        cov_x_t = ab * cov + (1 - ab) * torch.eye(4, dtype=torch.float64)
+        expected.append(mean + ab.sqrt() * cov @ torch.linalg.solve(cov_x_t, x - ab.sqrt() * mean))
+    got = GaussianDenoiser(schedule, mean, cov, "x0")(x_t.view(50, 1, 2, 2), t)
+    assert got.shape == (50, 1, 2, 2)
+    torch.testing.assert_close(got.flatten(1), torch.stack(expected), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("step", [0, 10, 25, 49])
+def test_x0_hat_is_the_posterior_mean_by_brute_force(step):
+    """Two pixels, the prior on a grid, each point weighted by the likelihood of x_t: no matrix anywhere."""
+    mean = torch.tensor([0.2, -0.4], dtype=torch.float64)
+    cov = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)
+    schedule, x_t = exact(linear_betas(50, scale=20)), torch.tensor([[0.7, -0.1]], dtype=torch.float64)
+    axis = torch.linspace(-5, 5, 1201, dtype=torch.float64)
+    x0 = torch.cartesian_prod(axis, axis)
+    ab = schedule.alpha_bars[step]
+    determinant = 0.5 * 0.3 - 0.2**2
+    a, b = (x0 - mean).T
+    log_prior = -(0.3 * a**2 - 0.4 * a * b + 0.5 * b**2) / (2 * determinant)
+    log_likelihood = -((x_t - ab.sqrt() * x0) ** 2).sum(1) / (2 * (1 - ab))
+    expected = (log_prior + log_likelihood).softmax(0) @ x0
+    got = GaussianDenoiser(schedule, mean, cov, "x0")(x_t, torch.tensor([step]))
+    torch.testing.assert_close(got[0], expected, rtol=0, atol=1e-6)
+
+
+def test_no_linear_change_of_the_prediction_does_better():
+    """The error of the conditional mean is uncorrelated with x_t: correlations of n pairs stay within a few 1 / √n."""
+    mean, cov = gaussian()
+    schedule, n = exact(cosine_betas(50)), 20_000
+    x0, t = draw(mean, cov, n), torch.full((n,), 20)
+    eps = torch.randn(n, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    x_t = q_sample(schedule, x0, t, eps)
+    error = GaussianDenoiser(schedule, mean, cov, "x0")(x_t, t) - x0
+    correlation = torch.corrcoef(torch.cat([error, x_t], dim=1).T)[:4, 4:]
+    assert correlation.abs().max() < 4.5 / n**0.5
+
+
+def test_three_targets_are_one_prediction():
+    mean, cov = gaussian()
+    schedule, t = exact(cosine_betas(50)), torch.arange(50)
+    x_t = torch.randn(50, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    eps_hat, x0_hat, v_hat = (GaussianDenoiser(schedule, mean, cov, target)(x_t, t) for target in TARGETS)
+    torch.testing.assert_close(predict_eps(schedule, x_t, t, x0_hat), eps_hat, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(velocity(schedule, x0_hat, t, eps_hat), v_hat, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(predict_x0(schedule, x_t, t, v_hat, "v"), x0_hat, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("step", [0, 15, 35, 49])
+def test_promised_loss_is_the_measured_loss(target, step):
+    """Standard error from the spread of the n squared errors themselves."""
+    mean, cov = gaussian()
+    schedule, n = exact(cosine_betas(50)), 20_000
+    model = GaussianDenoiser(schedule, mean, cov, target)
+    x0, t = draw(mean, cov, n), torch.full((n,), step)
+    eps = torch.randn(n, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    wanted = {"eps": eps, "x0": x0, "v": velocity(schedule, x0, t, eps)}[target]
+    squares = ((model(q_sample(schedule, x0, t, eps), t) - wanted) ** 2).mean(1)
+    assert diffusion_loss(model, schedule, x0, t, eps, target).item() == pytest.approx(squares.mean().item(), rel=1e-9)
+    assert model.loss(target)[step].item() == pytest.approx(
+        squares.mean().item(), abs=4.5 * squares.std().item() / n**0.5
+    )
+
+
+def test_loss_has_one_value_a_timestep_and_its_known_ends():
+    """Unit variance: every linear guess is equally good for v; x0 is lost at the end and eps at the start."""
+    schedule = make_schedule("cosine", 1000)
+    model = GaussianDenoiser(schedule, torch.zeros(3), torch.eye(3))
+    torch.testing.assert_close(model.loss("v"), torch.ones(1000))
+    torch.testing.assert_close(model.loss("x0"), 1 - schedule.alpha_bars)
+    torch.testing.assert_close(model.loss("eps"), schedule.alpha_bars)
+    assert torch.equal(model.loss(), model.loss("eps"))
+
+
+def test_fit_takes_mean_and_covariance_from_images():
+    schedule, mean, cov = make_schedule("cosine", 50), *gaussian()
+    images = draw(mean, cov, 500).float().view(500, 1, 2, 2)
+    fitted = fit_gaussian(schedule, images, "x0")
+    flat = images.flatten(1).double()
+    by_hand = GaussianDenoiser(
+        schedule, flat.mean(0).float(), (flat - flat.mean(0)).T.mm(flat - flat.mean(0)).float() / 499, "x0"
+    )
+    x_t, t = torch.randn(50, 1, 2, 2, generator=torch.Generator().manual_seed(6)), torch.arange(50)
+    torch.testing.assert_close(fitted(x_t, t), by_hand(x_t, t), rtol=0, atol=1e-5)
+    torch.testing.assert_close(fitted.mean, flat.mean(0).float())
+
+
+@pytest.mark.parametrize("n", [2, 20, 200])
+def test_fit_takes_fewer_pictures_than_pixels(n):
+    """Flat directions are the rule in images (a black border); their eigenvalues are 0 up to rounding, on either side of it."""
+    images = torch.randn(n, 1, 12, 12, generator=torch.Generator().manual_seed(n)).clamp(-1, 1)
+    images[..., :2] = -1
+    schedule = make_schedule("cosine", 50)
+    x0_hat = fit_gaussian(schedule, images, "x0")(torch.randn(5, 1, 12, 12), torch.arange(0, 50, 10))
+    torch.testing.assert_close(x0_hat[..., :2], -torch.ones(5, 1, 12, 2), rtol=0, atol=0.01)
+
+
+def test_data_of_a_single_picture_is_found_at_once():
+    """Without variance there is nothing to guess."""
+    schedule = make_schedule("cosine", 50)
+    picture = torch.tensor([0.1, -0.2, 0.3])
+    model = GaussianDenoiser(schedule, picture, torch.zeros(3, 3), "x0")
+    t = torch.arange(50)
+    torch.testing.assert_close(model(torch.randn(50, 3), t), picture.expand(50, 3))
+    assert (model.loss("eps") == 0).all()
+
+
+@pytest.mark.parametrize(
+    "covariance, message",
+    [
+        (torch.eye(2), r"symmetric of shape \(3, 3\) to go with 3 means, got \(2, 2\)"),
+        (torch.ones(3), r"symmetric of shape \(3, 3\) to go with 3 means, got \(3,\)"),
+        (torch.tensor([[1.0, 0.5, 0], [0, 1, 0], [0, 0, 1]]), "must be symmetric"),
+        (torch.diag(torch.tensor([1.0, -0.5, 1.0])), "eigenvalue -0.5: variances cannot be negative"),
+    ],
+)
+def test_refuses_what_is_no_covariance(covariance, message):
+    with pytest.raises(ValueError, match=message):
+        GaussianDenoiser(make_schedule("cosine", 10), torch.zeros(3), covariance)
+
+
+def test_refuses_an_unknown_target():
+    model = GaussianDenoiser(make_schedule("cosine", 10), torch.zeros(2), torch.eye(2), "noise")
+    with pytest.raises(ValueError, match="target='noise' is not known: choose 'eps', 'x0' or 'v'"):
+        model(torch.zeros(1, 2), torch.tensor([3]))
+    with pytest.raises(ValueError, match="target='noise' is not known: choose 'eps', 'x0' or 'v'"):
+        model.loss("noise")
+
+
+@pytest.mark.parametrize(
+    "t, message", [(torch.tensor([10]), "t holds 10 … 10, .* 0 … 9"), (torch.tensor([1.0]), "use torch.long")]
+)
+def test_refuses_a_bad_t(t, message):
+    model = GaussianDenoiser(make_schedule("cosine", 10), torch.zeros(2), torch.eye(2))
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(1, 2), t)

@@ -1,0 +1,145 @@
+"""Weights that come with the package, and the order in which a lesson looks for some."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from ddpm_utils import config, pretrained, runtime, training
+from ddpm_utils.pretrained import make
+from ddpm_utils.unet import UNet
+
+pytestmark = pytest.mark.usefixtures("own_folders")
+SHIPPED = pretrained.names()
+SHIPPED_FOLDER = pretrained.FOLDER
+
+
+@pytest.fixture
+def shelf(monkeypatch, tmp_path):
+    """An empty folder in place of the shipped weights; call it to put a network there."""
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    monkeypatch.setattr(pretrained, "FOLDER", folder)
+
+    def put(name, cfg, model):
+        torch.save(model.state_dict(), folder / f"{name}.pt")
+        card = {"config": cfg.to_dict(), "minutes": 1.0, "hardware": "CPU"}
+        (folder / f"{name}.json").write_text(json.dumps(card))
+        return folder / f"{name}.pt"
+
+    return put
+
+
+def keep(cfg, model, name, steps=3, age=0):
+    """A checkpoint of lesson 04 under the project's folder, `age` seconds old."""
+    state = training.TrainState(cfg, model)
+    state.step = steps
+    path = training.save_checkpoint(runtime.checkpoint_dir("lesson_04", name) / "last.pt", state)
+    os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
+    return path
+
+
+def equal(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_load_gives_the_network_in_eval_mode_and_its_config(shelf, tiny, net):
+    cfg = tiny()
+    shelf("small", cfg, net(cfg))
+    model, found = pretrained.load("small")
+    assert found == cfg and equal(model, net(cfg)) and not model.training and pretrained.names() == ["small"]
+
+
+@pytest.mark.parametrize("call", [pretrained.card, pretrained.load])
+def test_an_unknown_name_lists_the_known_ones(shelf, tiny, net, call):
+    with pytest.raises(FileNotFoundError, match="'large': there are none"):
+        call("large")
+    shelf("small", tiny(), net(tiny()))
+    with pytest.raises(FileNotFoundError, match="'large': there are small"):
+        call("large")
+
+
+@pytest.mark.parametrize("spoil", ["cut short", "another network", "a list", "gone"])
+def test_damaged_weights_are_refused_by_name(shelf, tiny, net, spoil):
+    path = shelf("small", tiny(), net(tiny()))
+    if spoil == "cut short":
+        path.write_bytes(path.read_bytes()[:-500])
+    elif spoil == "another network":
+        torch.save({"a": torch.zeros(1)}, path)
+    elif spoil == "a list":
+        torch.save([1], path)
+    else:
+        path.unlink()
+    with pytest.raises(FileNotFoundError if spoil == "gone" else ValueError, match="small.pt"):
+        pretrained.load("small")
+
+
+def test_matching_looks_at_what_the_weights_mean(shelf, tiny, net):
+    shelf("small", tiny(), net(tiny()))
+    assert pretrained.matching(tiny(lr=1e-3, seed=4, epochs=9)) == "small"
+    assert pretrained.matching(tiny(target="eps")) is None
+
+
+def test_obtain_takes_the_newest_own_checkpoint_that_fits(shelf, tiny, net, capsys):
+    cfg = tiny()
+    shelf("small", cfg, net(cfg, 9))
+    keep(cfg, net(cfg, 1), "old", steps=11, age=100)
+    keep(cfg.replace(lr=1e-3), net(cfg, 2), "new", steps=22)
+    keep(cfg.replace(target="eps"), net(cfg, 3), "other", steps=33, age=-100)
+    model = pretrained.obtain(cfg)
+    assert equal(model, net(cfg, 2)) and not model.training
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "weights: your own, from checkpoints/lesson_04/new/last.pt, 22 steps"
+
+
+def test_obtain_passes_over_a_damaged_checkpoint_and_tells_no_absolute_path(shelf, tiny, net, capsys, tmp_path):
+    cfg = tiny()
+    shelf("small", cfg, net(cfg, 9))
+    path = keep(cfg, net(cfg), "new")
+    path.write_bytes(path.read_bytes()[:-500])
+    assert equal(pretrained.obtain(cfg), net(cfg, 9))
+    passed, found = capsys.readouterr().out.splitlines()
+    assert "passed over checkpoints/lesson_04/new/last.pt" in passed and "small" in found
+    assert str(tmp_path) not in passed
+
+
+def test_obtain_trains_when_nothing_fits_and_says_so_loudly(shelf, tiny, capsys):
+    state = torch.get_rng_state()
+    model = pretrained.obtain(tiny(epochs=0.02), seconds=0.3)
+    assert isinstance(model, UNet) and not model.training and model.head.weight.abs().sum() > 0
+    out = capsys.readouterr().out
+    assert "WEIGHTS: NONE FIT THIS CONFIG" in out and "weights: trained" in out
+    assert not runtime.checkpoint_dir().exists()
+    torch.set_rng_state(state)
+
+
+def test_fast_mode_keeps_to_its_own_folder(shelf, tiny, net, monkeypatch):
+    cfg = tiny()
+    keep(cfg, net(cfg, 1), "slow")
+    monkeypatch.setenv("DDPM_FAST", "1")
+    keep(cfg, net(cfg, 2), "fast")
+    assert equal(pretrained.obtain(cfg), net(cfg, 2))
+    monkeypatch.delenv("DDPM_FAST")
+    assert equal(pretrained.obtain(cfg), net(cfg, 1))
+
+
+@pytest.mark.parametrize("name", make.RECIPES)
+def test_recipes_share_the_weights_of_the_default_config(name):
+    assert make.RECIPES[name].differences(config.TrainConfig(dataset=name)) == []
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_weights_load_are_small_and_have_a_full_card(name):
+    model, cfg = pretrained.load(name)
+    card = pretrained.card(name)
+    assert cfg == make.RECIPES[name] and pretrained.matching(cfg.replace(seed=77)) == name
+    assert card["parameters"] == sum(p.numel() for p in model.parameters())
+    assert {"data", "weights", "held_out_loss", "hardware", "torch", "minutes", "seed", "date", "licence"} <= set(card)
+    assert 0 < card["held_out_loss"] < 1 and "/" not in card["hardware"]
+    assert (SHIPPED_FOLDER / f"{name}.pt").stat().st_size < 8_000_000
+    assert all(w.dtype == torch.float32 and w.isfinite().all() for w in model.state_dict().values())
+
+
+def test_every_weight_file_has_a_card():
+    assert sorted(path.stem for path in SHIPPED_FOLDER.glob("*.pt")) == SHIPPED

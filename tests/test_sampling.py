@@ -1,0 +1,283 @@
+"""The sampler with a perfect denoiser against exact moments, and its manners: modes, seeds, shapes, range."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+
+from ddpm_utils.diffusion import predict_x0
+from ddpm_utils.oracle import GaussianDenoiser
+from ddpm_utils.sampling import ddpm_sample, eval_mode, keep, last
+from ddpm_utils.schedules import NoiseSchedule, cosine_betas, linear_betas, make_schedule
+from ddpm_utils.unet import UNet
+
+MEAN = torch.tensor([0.5, -0.3, 0.1], dtype=torch.float64)
+COVARIANCE = torch.tensor([[0.30, 0.10, 0.00], [0.10, 0.20, -0.05], [0.00, -0.05, 0.02]], dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def betas_for(name, timesteps):
+    return linear_betas(timesteps, scale=1000 / timesteps) if name == "linear" else cosine_betas(timesteps)
+
+
+def exact_moments(betas, variance):
+    """Mean and covariance of the sampler's result for N(MEAN, COVARIANCE), in float64.
+
+    The perfect x0_hat is linear in x_t, so every reverse step is x_{t−1} = A x_t + b + noise, and moments go through it exactly.
+    """
+    identity = torch.eye(3, dtype=torch.float64)
+    alpha_bars = (1 - betas).cumprod(0).tolist()
+    mean, cov = torch.zeros(3, dtype=torch.float64), identity
+    for t in reversed(range(len(betas))):
+        beta, ab, ab_prev = betas[t].item(), alpha_bars[t], alpha_bars[t - 1] if t else 1.0
+        gain = ab**0.5 * COVARIANCE @ torch.linalg.inv(ab * COVARIANCE + (1 - ab) * identity)
+        to_x0, to_x_t = ab_prev**0.5 * beta / (1 - ab), (1 - beta) ** 0.5 * (1 - ab_prev) / (1 - ab)
+        a = to_x0 * gain + to_x_t * identity
+        b = to_x0 * (MEAN - ab**0.5 * gain @ MEAN)
+        noise = 0.0 if t == 0 else beta if variance == "beta" else beta * (1 - ab_prev) / (1 - ab)
+        mean, cov = a @ mean + b, a @ cov @ a.T + noise * identity
+    return mean, cov
+
+
+def sampled(betas, variance, target, n):
+    schedule = NoiseSchedule(betas)
+    model = GaussianDenoiser(schedule, MEAN.float(), COVARIANCE.float(), target)
+    return last(ddpm_sample(model, schedule, (n, 1, 1, 3), target, variance, False, seeded())).flatten(1).double()
+
+
+def assert_moments(x, mean, cov, errors=4.5, bias=0.0):
+    """Within `errors` standard errors of n normal draws, for the covariance √((C_ii C_jj + C_ij²) / n), plus a known bias."""
+    n, var = len(x), cov.diagonal()
+    assert ((x.mean(0) - mean).abs() <= errors * (var / n).sqrt() + bias).all()
+    assert ((torch.cov(x.T) - cov).abs() <= errors * ((var[:, None] * var + cov**2) / n).sqrt() + bias).all()
+
+
+# ---- the sampler with a perfect network
+
+
+@pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
+@pytest.mark.parametrize("name, target", [("linear", "eps"), ("cosine", "v"), ("cosine", "x0")])
+def test_moments_are_those_of_the_linear_recursion(name, target, variance):
+    """With few steps the result is not the data's distribution, but it is known exactly for that T."""
+    betas = betas_for(name, 40)
+    assert_moments(sampled(betas, variance, target, 40_000), *exact_moments(betas, variance))
+
+
+@pytest.mark.parametrize("variance, timesteps", [("beta_tilde", 1000), ("beta", 250)])
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_moments_approach_the_data_s(name, variance, timesteps):
+    """The rest falls like 1 / T. Beta-tilde, the lower bound, ends too narrow in every direction; beta, the upper, too wide."""
+    mean, cov = exact_moments(betas_for(name, timesteps), variance)
+    _, rough = exact_moments(betas_for(name, timesteps // 4), variance)
+    assert (mean - MEAN).abs().max() < 1e-4
+    assert (cov - COVARIANCE).abs().max() < 0.02 * COVARIANCE.max()
+    assert 3 < (rough - COVARIANCE).abs().max() / (cov - COVARIANCE).abs().max() < 5
+    sign = -1 if variance == "beta_tilde" else 1
+    assert (sign * torch.linalg.eigvalsh(cov - COVARIANCE) > 0).all()
+
+
+@pytest.mark.parametrize("variance, timesteps", [("beta_tilde", 1000), ("beta", 500)])
+def test_with_many_steps_the_samples_are_the_data(variance, timesteps):
+    """No recursion here: the data's own moments, give or take standard errors and the 1 / T that remains."""
+    assert_moments(sampled(betas_for("cosine", timesteps), variance, "v", 4000), MEAN, COVARIANCE, bias=0.0025)
+
+
+# ---- against diffusers
+
+
+@pytest.mark.parametrize("target, theirs", [("eps", "epsilon"), ("x0", "sample"), ("v", "v_prediction")])
+def test_whole_chain_agrees_with_diffusers(target, theirs):
+    """The same seed draws x_T, then one noise a step; 20 steps of float32 roundings apart."""
+    schedule = make_schedule("linear", 20, 40)
+    scheduler = DDPMScheduler(num_train_timesteps=20, prediction_type=theirs, clip_sample=True)
+    scheduler.alphas_cumprod = schedule.alpha_bars
+    scheduler.set_timesteps(20)
+
+    def model(x, t, y=None):
+        return (x.roll(1, dims=-1) * (1 + t.view(-1, 1, 1, 1) / 20)).sin()
+
+    g = seeded(4)
+    x = torch.randn(3, 2, 4, 4, generator=g)
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t.repeat(3)), t, x, generator=g).prev_sample
+    ours = last(ddpm_sample(model, schedule, (3, 2, 4, 4), target, generator=seeded(4)))
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)
+
+
+# ---- what it yields
+
+
+def test_yields_every_state_from_noise_to_picture():
+    schedule, calls = make_schedule("cosine", 12), []
+
+    def model(x, t, y):
+        calls.append((t, y))
+        return 0.3 * x
+
+    y = torch.tensor([1, 2])
+    states = list(ddpm_sample(model, schedule, (2, 1, 3, 3), "v", generator=seeded(), y=y))
+    assert [t for t, _, _ in states] == [*range(11, -1, -1), -1]
+    assert torch.equal(states[0][1], torch.randn(2, 1, 3, 3, generator=seeded()))
+    assert torch.equal(torch.stack([t for t, _ in calls]), torch.arange(11, -1, -1)[:, None].expand(12, 2))
+    assert all(given is y for _, given in calls)
+    for t, x_t, x0_hat in states[:-1]:
+        expected = predict_x0(schedule, x_t, torch.full((2,), t), 0.3 * x_t, "v").clamp(-1, 1)
+        assert torch.equal(x0_hat, expected)
+    assert torch.equal(states[-1][1], states[-1][2])
+    torch.testing.assert_close(states[-1][1], states[-2][2], rtol=0, atol=1e-3)  # at t = 0 the mean is x0_hat
+
+
+def test_last_and_keep_pick_from_the_states():
+    schedule = make_schedule("cosine", 10)
+    states = list(ddpm_sample(lambda x, t, y: x, schedule, (2, 1, 2, 2), generator=seeded()))
+    assert torch.equal(last(iter(states)), states[-1][1])
+    kept = keep(iter(states), [9, torch.tensor(4)])
+    assert sorted(kept) == [-1, 4, 9]
+    assert torch.equal(kept[4][0], states[5][1]) and torch.equal(kept[4][1], states[5][2])
+
+
+def test_leaves_yielded_states_alone():
+    """A reader who collects the states for a GIF must not find them changed by later steps."""
+    states = ddpm_sample(lambda x, t, y: x, make_schedule("cosine", 10), (2, 1, 2, 2), generator=seeded())
+    _, x_t, x0_hat = next(states)
+    before = x_t.clone(), x0_hat.clone()
+    last(states)
+    assert torch.equal(x_t, before[0]) and torch.equal(x0_hat, before[1])
+
+
+# ---- seeds, range, shapes
+
+
+def test_same_seed_same_picture_and_another_seed_another():
+    schedule, shape = make_schedule("cosine", 10), (2, 1, 4, 4)
+
+    def picture(seed):
+        return last(ddpm_sample(lambda x, t, y: 0.1 * x, schedule, shape, "v", generator=seeded(seed)))
+
+    torch.manual_seed(1)
+    first = picture(7)
+    torch.manual_seed(2)  # the global generator plays no part
+    assert torch.equal(first, picture(7))
+    assert not torch.equal(first, picture(8))
+
+
+@pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
+@pytest.mark.parametrize(
+    "name, timesteps, scale", [("linear", 100, 10), ("linear", 50, 20), ("cosine", 50, 1), ("cosine", 200, 1)]
+)
+def test_clamped_pictures_lie_in_the_model_s_range_exactly(name, timesteps, scale, variance):
+    """A network that wants pictures far too bright and far too dark gets −1 and 1, and no more."""
+    schedule = make_schedule(name, timesteps, scale)
+
+    def model(x, t, y):
+        return 5 * torch.ones_like(x).cumsum(dim=1).sub(1.5).sign()
+
+    x = last(ddpm_sample(model, schedule, (2, 2, 3, 3), "x0", variance, generator=seeded()))
+    assert x.min().item() == -1 and x.max().item() == 1
+
+
+def test_clamp_off_lets_a_prediction_through():
+    schedule = make_schedule("cosine", 10)
+    x = last(
+        ddpm_sample(
+            lambda x, t, y: torch.full_like(x, 3.0), schedule, (1, 1, 2, 2), "x0", clamp=False, generator=seeded()
+        )
+    )
+    torch.testing.assert_close(x, torch.full_like(x, 3.0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 4), (5, 3, 8, 4), (2, 1, 12, 20)])
+def test_any_batch_and_any_size_the_network_takes(shape):
+    model = UNet(channels=shape[1], widths=(8, 8), blocks=1, groups=4, heads=2, time_dim=8)
+    x = last(ddpm_sample(model, make_schedule("cosine", 3), shape, generator=seeded()))
+    assert x.shape == shape and x.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:the last step still holds")
+def test_one_timestep_is_enough():
+    states = list(ddpm_sample(lambda x, t, y: x, make_schedule("linear", 1), (1, 1, 2, 2), "x0", generator=seeded()))
+    assert [t for t, _, _ in states] == [0, -1]
+
+
+@pytest.mark.parametrize("kind, value", [("target", "noise"), ("variance", "large")])
+def test_refuses_an_unknown_word(kind, value):
+    with pytest.raises(ValueError, match=f"{kind}='{value}' is not known: choose"):
+        last(ddpm_sample(lambda x, t, y: x, make_schedule("cosine", 3), (1, 1, 2, 2), **{kind: value}))
+
+
+# ---- modes
+
+
+class Watcher(nn.Module):
+    """Says 0.1·x and notes the mode it was called in; with `fail_at`, raises at that step."""
+
+    def __init__(self, fail_at=None):
+        super().__init__()
+        self.inner, self.fail_at, self.modes = nn.Dropout(0.5), fail_at, []
+
+    def forward(self, x, t, y=None):
+        self.modes.append((self.training, self.inner.training))
+        if t[0] == self.fail_at:
+            raise RuntimeError("out of paint")
+        return 0.1 * x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_eval_mode_meanwhile_and_the_old_mode_afterwards(training):
+    model = Watcher().train(training)
+    last(ddpm_sample(model, make_schedule("cosine", 5), (1, 1, 2, 2), "v"))
+    assert model.modes == [(False, False)] * 5
+    assert model.training == training and model.inner.training == training
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_old_mode_after_a_run_abandoned_midway(training):
+    model = Watcher().train(training)
+    states = ddpm_sample(model, make_schedule("cosine", 5), (1, 1, 2, 2), "v")
+    next(states)
+    assert not model.training
+    states.close()
+    assert model.training == training and model.inner.training == training
+
+
+def test_old_mode_after_a_break_out_of_the_loop():
+    model = Watcher().train()
+
+    def first_state():
+        for state in ddpm_sample(model, make_schedule("cosine", 5), (1, 1, 2, 2), "v"):
+            return state
+
+    first_state()
+    assert model.training and model.inner.training
+
+
+def test_old_mode_after_an_exception():
+    model = Watcher(fail_at=2).train()
+    with pytest.raises(RuntimeError, match="out of paint"):
+        last(ddpm_sample(model, make_schedule("cosine", 5), (1, 1, 2, 2), "v"))
+    assert model.training and model.inner.training
+
+
+@pytest.mark.parametrize("outer, inner", [(True, False), (False, True)])
+def test_every_part_gets_its_own_mode_back(outer, inner):
+    """A part that was frozen in eval mode stays frozen; one that was left in training mode is not trained on samples."""
+    model = Watcher().train(outer)
+    model.inner.train(inner)
+    with eval_mode(model):
+        assert not model.training and not model.inner.training
+    assert (model.training, model.inner.training) == (outer, inner)
+
+
+def test_takes_a_plain_function_for_a_model():
+    with eval_mode(lambda x, t, y: x) as model:
+        assert model(1, 2, 3) == 1
