@@ -68,11 +68,13 @@ def diffusion_loss(
 
 def q_posterior(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of q(x_{t−1} | x_t, x0) (DDPM Eq. 6–7). The variance is beta-tilde, shaped (B, 1, …); 0 at t = 0."""
-    beta_t, alpha_t, alpha_bar_t = (at(v, t, x_t) for v in (schedule.betas, schedule.alphas, schedule.alpha_bars))
+    beta_t, alpha_t = at(schedule.betas, t, x_t), at(schedule.alphas, t, x_t)
     one = schedule.alpha_bars.new_ones(1)  # before the first step nothing is lost
     alpha_bar_prev = at(torch.cat([one, schedule.alpha_bars[:-1]]), t, x_t)
-    mean = (alpha_bar_prev.sqrt() * beta_t * x0 + alpha_t.sqrt() * (1 - alpha_bar_prev) * x_t) / (1 - alpha_bar_t)
-    return mean, (1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t
+    # This is 1 − alpha_bar_t, written so that at t = 0 it is beta_t to the last bit and the mean is x0 itself.
+    noise_t = beta_t + alpha_t * (1 - alpha_bar_prev)
+    mean = (alpha_bar_prev.sqrt() * beta_t * x0 + alpha_t.sqrt() * (1 - alpha_bar_prev) * x_t) / noise_t
+    return mean, (1 - alpha_bar_prev) / noise_t * beta_t
 
 
 def p_mean_variance(

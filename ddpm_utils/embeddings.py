@@ -11,10 +11,7 @@ def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> T
 
     t: (B,) numbers, whole or not; returns (B, dim) float32 in [−1, 1]. Raises ValueError if dim is odd or below 2.
     """
-    if dim < 2 or dim % 2:
-        raise ValueError(
-            f"dim={dim} must be even and at least 2, since sines and cosines come in pairs: try {max(2, dim + dim % 2)}"
-        )
+    check_pairs(dim)
     i = torch.arange(dim // 2, device=t.device)
     w = torch.exp(-math.log(max_period) * 2 * i / dim)
     angles = t.float()[:, None] * w[None, :]
@@ -26,8 +23,17 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
+        check_pairs(dim)
         self.dim = dim
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
         return self.mlp(sinusoidal_embedding(t, self.dim))
+
+
+def check_pairs(dim: int) -> None:
+    """Raise ValueError unless `dim` is even and at least 2."""
+    if dim < 2 or dim % 2:
+        raise ValueError(
+            f"dim={dim} must be even and at least 2, since sines and cosines come in pairs: try {max(2, dim + dim % 2)}"
+        )

@@ -24,7 +24,8 @@ class GaussianDenoiser(nn.Module):
                 f"covariance must be symmetric of shape ({d}, {d}) to go with {d} means, got {tuple(covariance.shape)}"
             )
         values, vectors = torch.linalg.eigh(covariance.double())
-        if values[0] < -1e-8 * values[-1].clamp(min=1):
+        rounding = d * torch.finfo(covariance.dtype).eps * values[-1].abs()  # it may push a flat direction below 0
+        if values[0] < -rounding:
             raise ValueError(f"covariance has the eigenvalue {values[0].item():.3g}: variances cannot be negative")
         self.schedule, self.target = schedule, target
         self.values = values.clamp(min=0).to(mean.dtype).to(mean.device)
@@ -44,6 +45,8 @@ class GaussianDenoiser(nn.Module):
 
         In each direction of variance λ the x0 error is λ(1 − ā)/(āλ + 1 − ā); eps scales it by ā/(1 − ā), v by 1/(1 − ā).
         """
+        if target not in ("eps", "x0", "v"):
+            raise ValueError(f"target={target!r} is not known: choose 'eps', 'x0' or 'v'")
         alpha_bars, values = self.schedule.alpha_bars.double()[:, None], self.values.double()[None]
         common = (values / (alpha_bars * values + 1 - alpha_bars)).mean(dim=1)  # the error of v
         factor = {"v": 1.0, "eps": alpha_bars[:, 0], "x0": 1 - alpha_bars[:, 0]}
@@ -53,4 +56,4 @@ class GaussianDenoiser(nn.Module):
 def fit_gaussian(schedule: NoiseSchedule, x0: Tensor, target: str = "eps") -> GaussianDenoiser:
     """The best linear denoiser for data whose mean and covariance are those of x0 (N, …), floats in model range."""
     flat = x0.flatten(1).double()
-    return GaussianDenoiser(schedule, flat.mean(dim=0).float(), torch.cov(flat.T).float(), target)
+    return GaussianDenoiser(schedule, flat.mean(dim=0).float(), torch.cov(flat.T), target)

@@ -14,14 +14,14 @@ from .schedules import NoiseSchedule
 @contextlib.contextmanager
 def eval_mode(model: nn.Module):
     """`model` in eval mode inside the block, as it was afterwards, whatever happens."""
-    was_training = getattr(model, "training", False)
-    if was_training:
-        model.eval()
+    modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
+    for part, _ in modes:
+        part.training = False
     try:
         yield model
     finally:
-        if was_training:
-            model.train()
+        for part, training in modes:
+            part.training = training
 
 
 def ddpm_sample(model, schedule: NoiseSchedule, shape, target: str = "eps", variance: str = "beta_tilde", clamp: bool = True,

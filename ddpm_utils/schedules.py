@@ -42,7 +42,7 @@ class NoiseSchedule:
         betas = check_betas(betas)
         alphas = 1 - betas
         alpha_bars = alphas.cumprod(dim=0)
-        warn_if_signal_remains(alpha_bars)
+        warn_if_signal_remains(betas, alpha_bars)
         self.betas, self.alphas, self.alpha_bars = betas.float(), alphas.float(), alpha_bars.float()
 
     def __len__(self) -> int:
@@ -87,16 +87,18 @@ def check_betas(betas: Tensor) -> Tensor:
     return betas
 
 
-def warn_if_signal_remains(alpha_bars: Tensor, visible: float = 0.05) -> None:
+def warn_if_signal_remains(betas: Tensor, alpha_bars: Tensor, visible: float = 0.05) -> None:
     """Warn if x_T still holds more than `visible` times the picture: sampling starts from pure noise and would not match."""
     left = alpha_bars[-1].sqrt().item()
     if left <= visible:
         return
     # log alpha_bar is nearly linear in the betas, so this factor brings it to DDPM's own end point, 4.0e-5.
-    factor = math.log(4.0e-5) / alpha_bars[-1].log().item()
+    factor = math.log(4.0e-5) / min(alpha_bars[-1].log().item(), -1e-12)
+    short = factor * betas.max().item() >= 0.99  # so few steps that a beta would reach 1
+    advice = "Take more timesteps" if short else f"Multiply the betas by about {factor:.3g}, or take more timesteps"
     warnings.warn(
         f"the last step still holds {left:.2f} of the picture (alpha_bars[-1]={alpha_bars[-1].item():.3g}), but sampling starts "
-        f"from pure noise. Multiply the betas by about {factor:.3g}, or take more timesteps.",
+        f"from pure noise. {advice}.",
         stacklevel=3,
     )
 

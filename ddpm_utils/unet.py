@@ -1,5 +1,7 @@
 """The network: a small U-Net of residual blocks, each told the time, with self-attention where it is cheap."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -154,8 +156,9 @@ def check_widths(widths, attention_levels, groups: int, heads: int) -> None:
                 f"groups={groups} does not divide widths[{i}]={width}: try {max(1, round(width / groups)) * groups}"
             )
         if i in attention_levels and width % heads:
+            both = math.lcm(groups, heads)
             raise ValueError(
-                f"heads={heads} does not divide widths[{i}]={width}: try {max(1, round(width / heads)) * heads}"
+                f"heads={heads} does not divide widths[{i}]={width}: try {max(1, round(width / both)) * both}"
             )
 
 
@@ -176,4 +179,12 @@ def check_input(x: Tensor, t: Tensor, y: Tensor | None, model: UNet) -> None:
     if y is not None and model.label is None:
         raise ValueError(
             "labels y were given, but this network was built with num_classes=0: build it with the number of classes"
+        )
+    if y is not None and (y.shape != t.shape or y.is_floating_point()):
+        raise ValueError(
+            f"y has shape {tuple(y.shape)} and dtype {y.dtype}, expected ({len(x)},) whole numbers: one label an image"
+        )
+    if y is not None and y.device.type == "cpu" and y.numel() and (y.min() < 0 or y.max() > model.num_classes):
+        raise ValueError(
+            f"y holds {y.min().item()} … {y.max().item()}, but labels are 0 … {model.num_classes}, the last for none"
         )
