@@ -163,6 +163,6 @@ def save_gif(path: Path | str, frames, columns: int | None = None, ms: int = 60,
     return path
 
 
-def show_gif(path: Path | str, alt: str, width: int = 320) -> Picture:
-    """The GIF at `path` as a Picture, shown `width` pixels wide."""
+def show_file(path: Path | str, alt: str, width: int = 320) -> Picture:
+    """The GIF or PNG at `path` as a Picture, shown `width` pixels wide."""
     return Picture(Path(path).read_bytes(), alt, width)

@@ -125,7 +125,7 @@ def test_an_empty_alt_is_refused(alt, tmp_path):
     with pytest.raises(ValueError, match="alt is empty"):
         plots.show(plots.grid(greys([7])), alt)
     with pytest.raises(ValueError, match="alt is empty"):
-        plots.show_gif(plots.save_gif(tmp_path / "a.gif", [greys([7])]), alt)
+        plots.show_file(plots.save_gif(tmp_path / "a.gif", [greys([7])]), alt)
 
 
 # frame_times
@@ -213,7 +213,7 @@ def test_bad_gif_options_are_refused_by_name(tmp_path, option):
 
 def test_a_gif_is_shown_under_the_type_that_viewers_keep(tmp_path):
     path = plots.save_gif(tmp_path / "a.gif", [greys([0]), greys([255])])
-    bundle, metadata = plots.show_gif(path, "black, then white", width=200)._repr_mimebundle_()
+    bundle, metadata = plots.show_file(path, "black, then white", width=200)._repr_mimebundle_()
     raw = base64.b64decode(bundle["image/png"])
     assert raw[:6] == b"GIF89a" and raw == path.read_bytes() and "image/gif" not in bundle
     assert metadata == {"image/png": {"alt": "black, then white", "width": 200}}
@@ -222,4 +222,4 @@ def test_a_gif_is_shown_under_the_type_that_viewers_keep(tmp_path):
 
 def test_a_gif_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.gif"):
-        plots.show_gif(tmp_path / "gone.gif", "nothing")
+        plots.show_file(tmp_path / "gone.gif", "nothing")

@@ -9,6 +9,7 @@ python tools/lessons.py address URL      put another repository's address into p
 import argparse
 import os
 import re
+import shutil
 import sys
 import time
 import tomllib
@@ -19,6 +20,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
+ASSETS = {"from_noise.gif": "lesson_05/first.gif"}  # what README shows, and which picture of a rendered lesson it is
 SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>.*?```python\n(.*?)```", re.DOTALL)
 
 
@@ -163,6 +165,9 @@ if __name__ == "__main__":
         run(lessons(asked.what), ROOT / "outputs" / "lessons")
     elif asked.command == "render":
         run(lessons(asked.what), NOTEBOOKS)
+        for name, made in ASSETS.items():
+            if (ROOT / "outputs" / made).is_file():
+                shutil.copy(ROOT / "outputs" / made, NOTEBOOKS / "assets" / name)
     elif len(asked.what) != 1:
         parser.error(f"{asked.command} takes one argument")
     elif asked.command == "copy":

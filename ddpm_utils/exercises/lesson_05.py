@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import Verdict, right, unanswered, wrong
+from . import Verdict, attempt, right, unanswered, wrong
 
 
 def check_last_noise(guess) -> Verdict:
@@ -35,7 +35,7 @@ def check_log_mix(answer) -> Verdict:
     """Exercise 5.2: answer(beta, beta_tilde, share) mixes the two variances evenly in the logarithm (2102.09672, Eq. 15)."""
     beta = torch.tensor([0.02, 0.3, 0.9], dtype=torch.float64)
     beta_tilde = torch.tensor([0.015, 0.03, 0.001], dtype=torch.float64)
-    got, problem = _call(answer, beta, beta_tilde, 0.25)
+    got, problem = attempt(answer, beta, beta_tilde, 0.25)
     if problem:
         return problem
     got = torch.as_tensor(got, dtype=torch.float64)
@@ -72,7 +72,7 @@ def check_v_mean(answer) -> Verdict:
     before = torch.tensor([0.95, 0.5, 0.02], dtype=torch.float64)
     alpha = 1 - beta
     now = alpha * before
-    got, problem = _call(answer, beta, alpha, now, before)
+    got, problem = attempt(answer, beta, alpha, now, before)
     if problem:
         return problem
     if not isinstance(got, tuple | list) or len(got) != 2:
@@ -88,26 +88,16 @@ def check_v_mean(answer) -> Verdict:
     if same(a, true_a) and same(b, true_b):
         return right("a = √alpha_t: predicting v = 0 shrinks x_t exactly as the forward step did.")
     if same(a, 1 / true_a):
-        return wrong("a = 1/√alpha_t belongs to the mean in ε (5.6). Put x̂₀ = √ᾱ·x_t − √(1−ᾱ)·v into (5.5) instead.")
+        return wrong("a = 1/√alpha_t belongs to the mean in ε (05.6). Put x̂₀ = √ᾱ·x_t − √(1−ᾱ)·v into (05.4) instead.")
     if same(a, true_a) and same(b, -true_b):
         return wrong("the sign of b: the mean is written a·x_t − b·v, with the minus outside, so b is positive.")
     if same(a, true_a) and same(b, now.sqrt() * beta / (1 - now).sqrt()):
-        return wrong("b has alpha_bar of step t where (5.5) has that of t − 1: x̂₀ is multiplied by √ᾱ_{t−1}.")
+        return wrong("b has alpha_bar of step t where (05.4) has that of t − 1: x̂₀ is multiplied by √ᾱ_{t−1}.")
     if same(a, true_a) and same(b, before.sqrt() * beta / (1 - now)):
         return wrong("b lacks the factor √(1 − ᾱ_t) with which v enters x̂₀: one root of the denominator cancels.")
     if same(a, true_a):
-        return wrong("a is right; b is not: it is the weight of x̂₀ in (5.5) times the weight of v in x̂₀.")
+        return wrong("a is right; b is not: it is the weight of x̂₀ in (05.4) times the weight of v in x̂₀.")
     if same(b, true_b):
-        return wrong("b is right; a is not: it has two parts, one straight from (5.5) and one through x̂₀. Add both.")
-    return wrong("neither coefficient fits: put x̂₀ = √ᾱ_t·x_t − √(1−ᾱ_t)·v into (5.5) and collect x_t, then v.")
+        return wrong("b is right; a is not: it has two parts, one straight from (05.4) and one through x̂₀. Add both.")
+    return wrong("neither coefficient fits: put x̂₀ = √ᾱ_t·x_t − √(1−ᾱ_t)·v into (05.4) and collect x_t, then v.")
 
-
-def _call(answer, *arguments):
-    """(result, None), or (None, a verdict) where there is no result to judge."""
-    if answer is None:
-        return None, unanswered()
-    try:
-        got = answer(*arguments)
-    except Exception as error:
-        return None, wrong(f"your function stopped with {type(error).__name__}: {error}")
-    return got, unanswered() if got is None else None
