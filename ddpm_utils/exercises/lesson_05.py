@@ -100,4 +100,3 @@ def check_v_mean(answer) -> Verdict:
     if same(b, true_b):
         return wrong("b is right; a is not: it has two parts, one straight from (05.4) and one through x̂₀. Add both.")
     return wrong("neither coefficient fits: put x̂₀ = √ᾱ_t·x_t − √(1−ᾱ_t)·v into (05.4) and collect x_t, then v.")
-
