@@ -177,7 +177,7 @@ def test_one_command_changes_the_address(tmp_path, monkeypatch):
 CHANGES = {
     "01": [{"T": 200}, {"T": 37}, {"DATASET": "mnist"}, {"DATASET": "digits"}, {"SEED": 7}],
     "02": [{"T": 200}, {"DIM": 64}, {"DATASET": "digits"}, {"SEED": 7}],
-    "03": [{"WIDTHS": (16, 32, 32)}, {"IMAGE_SIZE": 32}, {"SEED": 7}],
+    "03": [{"WIDTHS": (16, 32, 32), "IMAGE_SIZE": 32}, {"DATASET": "digits", "TIMESTEPS": 200}, {"SEED": 7}],
     "04": [
         {"TARGET": "eps", "SCHEDULE": "linear"},
         {"TARGET": "x0"},

@@ -44,6 +44,7 @@ def execute(notebook, folder: Path, env: dict | None = None) -> float:
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
+        extra_arguments=["--log-level=40"],  # the kernel warns about its transport on every start
         resources={"metadata": {"path": str(folder)}},
     )
     start = time.perf_counter()
