@@ -45,7 +45,7 @@ class TrainConfig:
     dropout: float = 0.0  # 0 … 0.9, in the residual blocks, in training only
     num_classes: int = 0  # 0: no labels
     # optimisation
-    epochs: float = 2.3  # passes over the training images, may be a fraction
+    epochs: float = 1.8  # passes over the training images, may be a fraction
     batch_size: int = 32  # images a step, 1 … 4096
     lr: float = 2e-3  # peak learning rate of AdamW, 1e-6 … 1e-1
     warmup_steps: int = 100  # steps of linear rise to `lr`

@@ -152,8 +152,9 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
     state.model.train()
     state.stopped = False
     with _stop_between_steps(state):
-        clock, clock_step = time.perf_counter(), state.step
+        first, busy = state.step, 0.0  # seconds spent in steps; what the caller does in between does not count
         while state.step < total and not state.stopped:
+            began = time.perf_counter()
             lr = learning_rate(state.step, total, cfg)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
@@ -170,7 +171,8 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
                 raise TrainingDiverged(_divergence(state, loss, folder))
             state.ema.update(state.model)
             state.step += 1
-            speed = (state.step - clock_step) * cfg.batch_size / (time.perf_counter() - clock)
+            busy += time.perf_counter() - began
+            speed = (state.step - first) * cfg.batch_size / busy
             measured = None
             if state.step % every == 0 or state.step == total:
                 measured = _measure_and_save(state, held_out, folder)
