@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # The unit tests and the lessons in fast mode: one thread a process, and as many processes as cores.
-TEST_ENV := OMP_NUM_THREADS=1 DDPM_OUTPUT_DIR=outputs/test MPLBACKEND=agg
+TEST_ENV := OMP_NUM_THREADS=1 DDPM_OUTPUT_DIR="$(CURDIR)/outputs/test" DDPM_CHECKPOINT_DIR="$(CURDIR)/outputs/test/checkpoints"
 COPIES := outputs/test/lessons
 
 .PHONY: help run lab test test-all render pretrained doctor address clean

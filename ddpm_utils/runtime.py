@@ -78,8 +78,13 @@ def output_dir(*parts: str) -> Path:
 
 
 def checkpoint_dir(*parts: str) -> Path:
-    """`checkpoints/` beside the package, with `parts` below it; `checkpoints/fast/` in fast mode, whose weights are poor."""
-    return ROOT.joinpath("checkpoints", *(["fast"] if is_fast() else []), *parts)
+    """`checkpoints/` beside the package (or the folder named by `DDPM_CHECKPOINT_DIR`), with `parts` below it.
+
+    In fast mode a folder `fast` comes in between, since its weights are worth nothing. Not created here.
+    """
+    base = os.environ.get("DDPM_CHECKPOINT_DIR", "")
+    path = Path(base).expanduser() if base else ROOT / "checkpoints"
+    return path.joinpath(*(["fast"] if is_fast() else []), *parts)
 
 
 def short_path(path: Path | str) -> str:

@@ -36,7 +36,7 @@ def own_folders(monkeypatch, tmp_path):
     """The project's root moved into a temporary folder and every variable of the project unset. Returns that folder."""
     from ddpm_utils import runtime
 
-    for name in ("DDPM_FAST", "DDPM_DATA_DIR", "DDPM_OUTPUT_DIR"):
+    for name in ("DDPM_FAST", "DDPM_DATA_DIR", "DDPM_OUTPUT_DIR", "DDPM_CHECKPOINT_DIR"):
         monkeypatch.delenv(name, raising=False)
     root = tmp_path / "root"
     root.mkdir()

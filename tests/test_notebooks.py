@@ -192,7 +192,17 @@ CASES = [(name, change) for name in LESSONS for change in CHANGES.get(name[:2], 
 
 
 def run_in_fast_mode(notebook, folder, **env):
-    tool.execute(notebook, folder, {"DDPM_FAST": "1", "OMP_NUM_THREADS": "1", "DDPM_OUTPUT_DIR": str(folder), **env})
+    tool.execute(
+        notebook,
+        folder,
+        {
+            "DDPM_FAST": "1",
+            "OMP_NUM_THREADS": "1",
+            "DDPM_OUTPUT_DIR": str(folder),
+            "DDPM_CHECKPOINT_DIR": str(folder / "checkpoints"),
+            **env,
+        },
+    )
     assert not [output for output in outputs_of(notebook) if output.get("name") == "stderr"]
 
 

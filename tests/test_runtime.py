@@ -81,10 +81,13 @@ def test_folders_lie_beside_the_package_and_only_outputs_is_made(own_folders, mo
     assert runtime.checkpoint_dir("x") == own_folders / "checkpoints" / "x" and not runtime.checkpoint_dir().exists()
     assert runtime.output_dir("x") == own_folders / "outputs" / "x" and (own_folders / "outputs" / "x").is_dir()
     monkeypatch.setenv("DDPM_OUTPUT_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("DDPM_CHECKPOINT_DIR", str(tmp_path / "kept"))
+    assert runtime.checkpoint_dir("x") == tmp_path / "kept" / "x"
     assert runtime.output_dir("y") == tmp_path / "elsewhere" / "y" and (tmp_path / "elsewhere" / "y").is_dir()
 
 
 def test_data_dir_override(monkeypatch):
+    monkeypatch.delenv("DDPM_DATA_DIR", raising=False)
     assert runtime.data_dir_override() is None
     monkeypatch.setenv("DDPM_DATA_DIR", "~/sets")
     assert runtime.data_dir_override() == Path.home() / "sets"
