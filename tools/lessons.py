@@ -170,6 +170,7 @@ if __name__ == "__main__":
         run(lessons(asked.what), ROOT / "outputs" / "lessons")
     elif asked.command == "render":
         run(lessons(asked.what), NOTEBOOKS, alone=True)
+        (NOTEBOOKS / "assets").mkdir(exist_ok=True)
         for name, made in ASSETS.items():
             if (ROOT / "outputs" / made).is_file():
                 shutil.copy(ROOT / "outputs" / made, NOTEBOOKS / "assets" / name)
