@@ -1,8 +1,10 @@
 """The closed-form mathematics: q, its posterior, p, and the loss, named as in DDPM (arXiv 2006.11239)."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .schedules import NoiseSchedule, check_timesteps
 
@@ -87,6 +89,19 @@ def p_mean_variance(
     if variance == "beta":
         return mean, at(schedule.betas, t, x_t)
     raise ValueError(f"variance={variance!r} is not known: choose 'beta_tilde' or 'beta'")
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module):
+    """`model` in eval mode inside the block, as it was afterwards, whatever happens."""
+    modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield model
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 @torch.no_grad()

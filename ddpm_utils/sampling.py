@@ -1,27 +1,13 @@
 """Samplers: generators that yield every state on the way from noise to picture, and a function that keeps the last."""
 
-import contextlib
 from collections import deque
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .diffusion import p_sample
+from .diffusion import eval_mode, p_sample
 from .schedules import NoiseSchedule
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module):
-    """`model` in eval mode inside the block, as it was afterwards, whatever happens."""
-    modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
-    for part, _ in modes:
-        part.training = False
-    try:
-        yield model
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def ddpm_sample(model, schedule: NoiseSchedule, shape, target: str = "eps", variance: str = "beta_tilde", clamp: bool = True,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import config, runtime
 from .config import TrainConfig
 from .data import to_model_range
-from .diffusion import diffusion_loss, q_sample, training_target
+from .diffusion import diffusion_loss, eval_mode, q_sample, training_target
 from .schedules import NoiseSchedule, make_schedule
 
 SCHEMA = 1  # of the checkpoint file; a change that old files do not fit raises it
@@ -241,16 +241,13 @@ def loss_per_timestep(model, schedule: NoiseSchedule, images: Tensor, target: st
     rng = torch.Generator(device=device).manual_seed(seed)
     if timesteps is None:
         timesteps = torch.linspace(0, len(schedule) - 1, len(images)).long()
-    training, losses = model.training, []
-    model.eval()
-    try:
+    losses = []
+    with eval_mode(model):
         for x_u8, t in zip(images.split(batch_size), timesteps.split(batch_size), strict=True):
             x0, t = to_model_range(x_u8).to(device), t.to(device)
             eps = torch.randn(x0.shape, generator=rng, device=device)
             prediction = model(q_sample(schedule, x0, t, eps), t, None)
             losses.append((prediction - training_target(schedule, x0, t, eps, target)).square().flatten(1).mean(1))
-    finally:
-        model.train(training)
     return torch.cat(losses)
 
 

@@ -621,3 +621,12 @@ def test_a_record_is_read_only(fresh):
     record = next(train(fresh(), IMAGES))
     with pytest.raises(dataclasses.FrozenInstanceError):
         record.loss = 0.0
+
+
+def test_measuring_puts_every_part_back_into_its_own_mode(tiny, net):
+    """A part that was frozen in eval mode inside a training network stays frozen after a measurement."""
+    state = TrainState(tiny(), net(tiny()).train())
+    state.model.head.eval()
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    training.held_out_loss(state.model, state.schedule, images, state.cfg.target)
+    assert state.model.training and not state.model.head.training

@@ -33,11 +33,16 @@ def lessons(wanted=()) -> list[Path]:
     return [path for path in found if not wanted or path.name[:2] in wanted]
 
 
-def execute(notebook, folder: Path, env: dict | None = None) -> float:
-    """Run every cell of `notebook` in a fresh kernel whose current folder is `folder`. Returns the seconds it took."""
+def forget_outputs(notebook) -> None:
+    """Leave every code cell as if it had never been run."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+
+
+def execute(notebook, folder: Path, env: dict | None = None) -> float:
+    """Run every cell of `notebook` in a fresh kernel whose current folder is `folder`. Returns the seconds it took."""
+    forget_outputs(notebook)
     client = NotebookClient(
         notebook,
         timeout=None,
@@ -138,9 +143,7 @@ def copy(into: Path) -> None:
         old.unlink()
     for path in lessons():
         notebook = with_solutions(nbformat.read(path, as_version=4))
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
+        forget_outputs(notebook)
         nbformat.write(notebook, into / path.name)
 
 
