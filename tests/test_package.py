@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "sampling": {"diffusion", "schedules"},
     "evaluation": {"diffusion", "schedules"},
     "oracle": {"diffusion", "schedules"},
-    "pretrained": {"unet", "config", "data", "runtime", "training"},
+    "pretrained": {"unet", "config", "data", "runtime", "training", "evaluation"},
     "gallery": set(),
     "exercises": {"embeddings", "unet"},
     "plots": {"data"},

@@ -6,12 +6,13 @@ import os
 import pytest
 import torch
 
-from ddpm_utils import config, pretrained, runtime, training
+from ddpm_utils import config, data, evaluation, pretrained, runtime, training
 from ddpm_utils.pretrained import make
 from ddpm_utils.unet import UNet
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 SHIPPED = pretrained.names()
+CLASSIFIERS = pretrained.classifier_names()
 SHIPPED_FOLDER = pretrained.FOLDER
 
 
@@ -142,4 +143,93 @@ def test_shipped_weights_load_are_small_and_have_a_full_card(name):
 
 
 def test_every_weight_file_has_a_card():
-    assert sorted(path.stem for path in SHIPPED_FOLDER.glob("*.pt")) == SHIPPED
+    for_cards = SHIPPED + [pretrained.CLASSIFIER + name for name in CLASSIFIERS]
+    assert sorted(path.stem for path in SHIPPED_FOLDER.glob("*.pt")) == sorted(for_cards)
+
+
+# Classifiers
+
+
+def put_classifier(folder, dataset, seed=0):
+    """A random classifier on the shelf, as if it were the shipped one of `dataset`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = evaluation.Classifier()
+    torch.save(model.state_dict(), folder / f"{pretrained.CLASSIFIER}{dataset}.pt")
+    card = {"test_accuracy": 0.9, "recipe": make.CLASSIFIERS.get(dataset)}
+    (folder / f"{pretrained.CLASSIFIER}{dataset}.json").write_text(json.dumps(card))
+    return model
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "mnist"])
+def test_shipped_classifiers_load_are_small_and_have_a_full_card(name):
+    model, card = pretrained.load_classifier(name), pretrained.card(pretrained.CLASSIFIER + name)
+    assert not model.training and card["parameters"] == sum(p.numel() for p in model.parameters())
+    assert {"data", "test_images", "hardware", "torch", "minutes", "seed", "date", "licence"} <= set(card)
+    assert card["recipe"] == make.CLASSIFIERS[name] and card["data"].startswith(data.TITLES[name])
+    assert card["test_accuracy"] >= {"fashion_mnist": 0.91, "mnist": 0.99}[name]
+    assert (SHIPPED_FOLDER / f"{pretrained.CLASSIFIER}{name}.pt").stat().st_size <= 500_000
+    assert all(w.isfinite().all() for w in model.state_dict().values())
+    assert set(CLASSIFIERS) == set(make.CLASSIFIERS) == {"fashion_mnist", "mnist"}
+
+
+def test_a_classifier_is_no_diffusion_network(shelf, tiny, net):
+    put_classifier(pretrained.FOLDER, "mnist")
+    assert pretrained.names() == [] and pretrained.classifier_names() == ["mnist"]
+    assert pretrained.matching(tiny()) is None
+    shelf("small", tiny(), net(tiny()))
+    assert pretrained.names() == ["small"] and pretrained.matching(tiny()) == "small"
+
+
+def test_load_classifier_names_what_there_is_and_refuses_damage(shelf):
+    model = put_classifier(pretrained.FOLDER, "mnist")
+    assert equal(pretrained.load_classifier("mnist"), model)
+    with pytest.raises(FileNotFoundError, match="'classifier_digits': there are classifier_mnist"):
+        pretrained.load_classifier("digits")
+    (pretrained.FOLDER / "classifier_mnist.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="classifier_mnist.pt is damaged"):
+        pretrained.load_classifier("mnist")
+
+
+def test_obtain_classifier_takes_the_shipped_one_only_for_its_own_images(shelf, monkeypatch, capsys):
+    shipped = put_classifier(pretrained.FOLDER, "mnist")
+    images, labels = torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.tensor([0, 1, 2, 3])
+    mnist = data.ImageSet(images, labels, data.DIGITS, data.TITLES["mnist"], "here")
+    monkeypatch.setattr(pretrained, "train_classifier", lambda *args, **kwargs: "trained")
+    assert equal(pretrained.obtain_classifier(mnist), shipped)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "classifier: shipped with the package, right on 90.00% of MNIST's test set"
+    wide = data.ImageSet(images[..., 2:], labels, data.DIGITS, data.TITLES["mnist"], "here")
+    other = data.ImageSet(images, labels, data.DIGITS, data.TITLES["fashion_mnist"], "here")
+    for train_set, said in ((wide, "MNIST of 28×26"), (other, "Fashion-MNIST of 28×28")):
+        assert pretrained.obtain_classifier(train_set) == "trained"
+        (line,) = capsys.readouterr().out.splitlines()
+        assert "none is shipped" in line and f"{said}; training one now on 4 images" in line
+
+
+def test_without_any_data_set_a_classifier_of_the_digits_is_trained_in_seconds(capsys):
+    state = torch.get_rng_state()
+    train_set, test_set = data.load_images("digits", say=False), data.load_images("digits", "test", say=False)
+    model = pretrained.obtain_classifier(train_set)
+    right = evaluation.class_probabilities(model, test_set.images).argmax(dim=1) == test_set.labels
+    assert right.double().mean() >= 0.9 and not model.training
+    assert "training one now on 1,500 images" in capsys.readouterr().out
+    assert torch.equal(torch.get_rng_state(), state), "training a classifier moved the global generator"
+
+
+def test_make_writes_a_classifier_that_loads(shelf, monkeypatch):
+    digits = data.load_images("digits", say=False).first(300)
+    monkeypatch.setattr(make, "FOLDER", pretrained.FOLDER)
+    monkeypatch.setattr(make, "_real_images", lambda dataset: (digits, digits))
+    monkeypatch.setitem(make.CLASSIFIERS, "mnist", {"epochs": 3, "shift": 0})
+    assert make.make_classifier("mnist").name == "classifier_mnist.json"
+    right = (
+        evaluation.class_probabilities(pretrained.load_classifier("mnist"), digits.images).argmax(1) == digits.labels
+    )
+    assert pretrained.card("classifier_mnist")["test_accuracy"] == round(right.double().mean().item(), 4)
+
+
+def test_no_weights_are_made_from_other_images_than_their_name_says(own_folders, monkeypatch):
+    monkeypatch.setattr(data, "_from_folders", lambda dataset, split: None)
+    with pytest.raises(FileNotFoundError, match="mnist was not found"):
+        make._real_images("mnist")

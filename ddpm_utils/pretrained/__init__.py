@@ -1,4 +1,4 @@
-"""Small weights of our own training, each beside a JSON card that says how it was made."""
+"""Small weights of our own training, each beside a JSON card that says how it was made: diffusion networks and classifiers."""
 
 import copy
 import json
@@ -8,21 +8,29 @@ import torch
 
 from .. import data, runtime, training
 from ..config import TrainConfig, from_dict
+from ..evaluation import Classifier, train_classifier
 from ..unet import UNet
 
 FOLDER = Path(__file__).parent
+CLASSIFIER = "classifier_"  # how the files of the classifiers begin; all others are diffusion networks
 
 
 def names() -> list[str]:
-    """The weights that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.json"))
+    """The diffusion networks that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.json") if not path.stem.startswith(CLASSIFIER))
+
+
+def classifier_names() -> list[str]:
+    """The data sets for which a classifier comes with the package."""
+    return sorted(path.stem.removeprefix(CLASSIFIER) for path in FOLDER.glob(f"{CLASSIFIER}*.json"))
 
 
 def card(name: str) -> dict:
     """How the weights `name` were made. Raises FileNotFoundError that lists the names there are."""
     path = FOLDER / f"{name}.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no pretrained weights {name!r}: there are {', '.join(names()) or 'none'}")
+        there = [*names(), *(CLASSIFIER + dataset for dataset in classifier_names())]
+        raise FileNotFoundError(f"no pretrained weights {name!r}: there are {', '.join(there) or 'none'}")
     return json.loads(path.read_text())
 
 
@@ -30,6 +38,11 @@ def load(name: str, device="cpu") -> tuple[UNet, TrainConfig]:
     """The averaged network `name` in eval mode on `device`, and its config. Reads tensors only, no code."""
     cfg = from_dict(card(name)["config"])
     model = UNet(**cfg.network())
+    _read_weights(name, model)
+    return model.to(device, memory_format=torch.channels_last).eval(), cfg
+
+
+def _read_weights(name: str, model: torch.nn.Module) -> None:
     path = FOLDER / f"{name}.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path.name} is missing beside its card: take it from the repository again")
@@ -41,7 +54,6 @@ def load(name: str, device="cpu") -> tuple[UNet, TrainConfig]:
         ) from error
     training.check_weights(path, weights, model)
     model.load_state_dict(weights)
-    return model.to(device, memory_format=torch.channels_last).eval(), cfg
 
 
 def matching(cfg: TrainConfig) -> str | None:
@@ -80,6 +92,34 @@ def obtain(cfg: TrainConfig, device="cpu", seconds: float = 60.0) -> UNet:
         f"WEIGHTS: NONE FIT THIS CONFIG. Training for {seconds:.0f} s now; expect rough pictures. Lesson 04 trains properly."
     )
     return _train_briefly(cfg, model, device, seconds)
+
+
+def load_classifier(dataset: str = "fashion_mnist", device="cpu") -> Classifier:
+    """The shipped classifier of `dataset` in eval mode on `device`: the ruler's features (room `evaluation`).
+
+    Raises FileNotFoundError that lists the data sets there are. For images of any other kind see `obtain_classifier`.
+    """
+    card(CLASSIFIER + dataset)
+    model = Classifier()
+    _read_weights(CLASSIFIER + dataset, model)
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def obtain_classifier(train_set: data.ImageSet, device="cpu") -> Classifier:
+    """A classifier in eval mode for images like `train_set`, saying in one line where it comes from.
+
+    The shipped one if there is one for this data set at 28×28, else one trained here and now: seconds for the digits.
+    """
+    shape, title = tuple(train_set.images.shape[1:]), train_set.title
+    dataset = next((name for name in classifier_names() if data.TITLES[name] == title and shape == (1, 28, 28)), None)
+    if dataset is not None:
+        right = card(CLASSIFIER + dataset)["test_accuracy"]
+        print(f"classifier: shipped with the package, right on {right:.2%} of {title}'s test set")
+        return load_classifier(dataset, device)
+    print(
+        f"classifier: none is shipped for {title} of {shape[-2]}×{shape[-1]}; training one now on {len(train_set):,} images"
+    )
+    return train_classifier(train_set.images, train_set.labels, len(train_set.classes), device=device)
 
 
 def _train_briefly(cfg: TrainConfig, model: UNet, device, seconds: float) -> UNet:

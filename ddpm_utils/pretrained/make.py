@@ -1,4 +1,5 @@
 """Train the weights that come with the package: `python -m ddpm_utils.pretrained.make [name …]`, or `make pretrained`.
+Names are those of the files: `mnist` is a diffusion network, `classifier_mnist` a classifier.
 
 A run that is cut short goes on from its last checkpoint under `checkpoints/` when the same command is given again.
 """
@@ -13,13 +14,15 @@ import torch
 
 from .. import data, runtime, training
 from ..config import TrainConfig
+from ..evaluation import class_probabilities, train_classifier
 from ..unet import UNet
-from . import FOLDER
+from . import CLASSIFIER, FOLDER
 
 RECIPES = {
     "fashion_mnist": TrainConfig(dataset="fashion_mnist", epochs=16, batch_size=64, warmup_steps=200, ema_decay=0.999),
     "mnist": TrainConfig(dataset="mnist", epochs=8, batch_size=64, warmup_steps=200, ema_decay=0.999),
 }
+CLASSIFIERS = {"fashion_mnist": {"epochs": 6, "shift": 1}, "mnist": {"epochs": 4, "shift": 2}}
 
 
 def make(name: str) -> Path:
@@ -27,9 +30,7 @@ def make(name: str) -> Path:
     cfg = RECIPES[name]
     device = runtime.pick_device()
     runtime.seed_everything(cfg.seed)
-    train_set, test_set = data.load_images(cfg.dataset, "train"), data.load_images(cfg.dataset, "test")
-    if train_set.title != data.TITLES[cfg.dataset]:
-        raise FileNotFoundError(f"{cfg.dataset} was not found: weights for it cannot be made from {train_set.title}")
+    train_set, test_set = _real_images(cfg.dataset)
     state = training.TrainState(cfg, UNet(**cfg.network()), device)
     folder = runtime.ROOT / "checkpoints" / f"pretrained_{name}"
     minutes_file = folder / "minutes.json"
@@ -49,17 +50,49 @@ def make(name: str) -> Path:
         minutes_file.write_text(json.dumps((time.perf_counter() - start) / 60))
         raise SystemExit(f"{name}: stopped at step {state.step}; the same command goes on from there")
     torch.save(state.ema.model.state_dict(), FOLDER / f"{name}.pt")
-    card = {
+    return _write_card(name, device, {
         "config": cfg.to_dict(),
         "data": f"{train_set.title}, {len(train_set):,} training images",
         "weights": f"average (EMA) after {state.step:,} steps",
         "parameters": sum(p.numel() for p in state.model.parameters()),
         "held_out_loss": round(record.held_out, 5),
         "held_out_images": 2048,
-        "hardware": runtime.hardware(device),
-        "torch": torch.__version__,
         "minutes": round(minutes, 1),
         "seed": cfg.seed,
+    })  # fmt: skip
+
+
+def make_classifier(dataset: str) -> Path:
+    """Train the classifier of `dataset`, measure it on the test set, and write weights and card. Returns the card's path."""
+    recipe, device = CLASSIFIERS[dataset], runtime.pick_device()
+    train_set, test_set = _real_images(dataset)
+    start = time.perf_counter()
+    model = train_classifier(train_set.images, train_set.labels, len(train_set.classes), **recipe, device=device)
+    minutes = (time.perf_counter() - start) / 60
+    right = class_probabilities(model, test_set.images).argmax(dim=1) == test_set.labels
+    torch.save(model.state_dict(), FOLDER / f"{CLASSIFIER}{dataset}.pt")
+    return _write_card(CLASSIFIER + dataset, device, {
+        "recipe": recipe,
+        "data": f"{train_set.title}, {len(train_set):,} training images",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "test_accuracy": round(right.double().mean().item(), 4),
+        "test_images": len(test_set),
+        "minutes": round(minutes, 1),
+        "seed": 0,
+    })  # fmt: skip
+
+
+def _real_images(dataset: str) -> tuple[data.ImageSet, data.ImageSet]:
+    train_set, test_set = data.load_images(dataset, "train"), data.load_images(dataset, "test")
+    if train_set.title != data.TITLES[dataset]:
+        raise FileNotFoundError(f"{dataset} was not found: weights for it cannot be made from {train_set.title}")
+    return train_set, test_set
+
+
+def _write_card(name: str, device, card: dict) -> Path:
+    card |= {
+        "hardware": runtime.hardware(device),
+        "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
         "licence": "MIT, like the rest of this repository",
     }
@@ -70,5 +103,8 @@ def make(name: str) -> Path:
 
 
 if __name__ == "__main__":
-    for wanted in sys.argv[1:] or RECIPES:
-        make(wanted)
+    for wanted in sys.argv[1:] or [*RECIPES, *(CLASSIFIER + dataset for dataset in CLASSIFIERS)]:
+        if wanted.startswith(CLASSIFIER):
+            make_classifier(wanted.removeprefix(CLASSIFIER))
+        else:
+            make(wanted)
