@@ -5,16 +5,17 @@ import hashlib
 import math
 from dataclasses import dataclass
 
-from . import runtime
-
 DATASETS = ("fashion_mnist", "mnist", "digits")
 SCHEDULES = ("linear", "cosine")
 TARGETS = ("eps", "x0", "v")
+MODELS = ("unet", "article")  # ours, and the members of `gallery`, which is too heavy to be asked here
+OPTIMIZERS = ("adamw", "adam")
+DRAWS = ("stratified", "uniform")
 
 # Fields that decide what a set of weights means. Runs that agree on them can share weights.
 WEIGHT_FIELDS = (
     "dataset", "image_size", "channels", "timesteps", "schedule", "beta_scale", "target",
-    "widths", "blocks", "attention_levels", "fold", "time_dim", "groups", "heads", "num_classes",
+    "model", "widths", "blocks", "attention_levels", "fold", "time_dim", "groups", "heads", "num_classes",
 )  # fmt: skip
 
 
@@ -26,35 +27,38 @@ class TrainConfig:
     """
 
     # data
-    dataset: str = "fashion_mnist"  # one of DATASETS
+    dataset: str = "fashion_mnist"  # "fashion_mnist", "mnist" or "digits"
     image_size: int = 28  # pixels a side, 8 … 256
     channels: int = 1  # 1 (grey) or 3 (RGB)
     # diffusion
     timesteps: int = 1000  # T, 2 … 10000
-    schedule: str = "cosine"  # one of SCHEDULES
-    beta_scale: float = 1.0  # multiplies the linear betas; 1000 / T keeps the total noise when T is not 1000
-    target: str = "v"  # what the network predicts, one of TARGETS
+    schedule: str = "cosine"  # of the betas, "linear" or "cosine"
+    beta_scale: float = 1.0  # multiplies the linear betas, 0.001 … 1000; 1000 / T keeps the noise of T = 1000
+    target: str = "v"  # what the network predicts, "eps", "x0" or "v"
     # network
+    model: str = "unet"  # "unet", which the fields of this part describe, or a member of the gallery: "article"
     widths: tuple[int, ...] = (32, 64)  # channels of each level, multiples of `groups`
     blocks: int = 2  # residual blocks a level, down and up, 1 … 8
-    attention_levels: tuple[int, ...] = (1,)  # levels (0 is the finest) with self-attention
-    fold: int = 2  # f × f pixels become one position with f² times the channels; 1 leaves the image alone
-    time_dim: int = 128  # width of the time embedding, even
-    groups: int = 8  # of the group normalisations
-    heads: int = 4  # of the attention; must divide the width of the levels that attend
-    dropout: float = 0.0  # 0 … 0.9, in the residual blocks, in training only
-    num_classes: int = 0  # 0: no labels
+    attention_levels: tuple[int, ...] = (1,)  # levels (0 is the finest) with self-attention; may be empty
+    fold: int = 2  # f × f pixels become one position with f² times the channels, 1 … 8; 1 leaves the image alone
+    time_dim: int = 128  # width of the time embedding, even, 2 … 4096
+    groups: int = 8  # of the group normalisations, 1 … 1024
+    heads: int = 4  # of the attention, 1 … 1024; must divide the width of the levels that attend
+    dropout: float = 0.0  # in the residual blocks, in training only, 0 … 0.9
+    num_classes: int = 0  # labels the network is told, 0 … 10000; 0: no labels
     # optimisation
-    epochs: float = 1.8  # passes over the training images, may be a fraction
+    epochs: float = 1.8  # passes over the training images, 1e-6 … 1e5, may be a fraction
     batch_size: int = 32  # images a step, 1 … 4096
-    lr: float = 2e-3  # peak learning rate of AdamW, 1e-6 … 1e-1
-    warmup_steps: int = 100  # steps of linear rise to `lr`
-    decay_from: float = 0.3  # share of the run after which the rate falls linearly, 0 … 1
-    lr_floor: float = 0.02  # share of `lr` left at the end
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0  # largest norm of the gradient
-    ema_decay: float = 0.99  # 0 (no averaging) … 0.99999
-    seed: int = 0
+    timestep_draw: str = "stratified"  # of each batch: "stratified" (one from each part of 0 … T−1) or "uniform"
+    optimizer: str = "adamw"  # "adamw" or "adam"
+    lr: float = 2e-3  # peak learning rate, 1e-6 … 1e-1
+    warmup_steps: int = 100  # steps of linear rise to `lr`, 0 … 1000000
+    decay_from: float = 0.3  # share of the run after which the rate falls linearly, 0 … 1; 1: it stays
+    lr_floor: float = 0.02  # share of `lr` left at the end, 0 … 1
+    weight_decay: float = 0.0  # of the optimizer, 0 … 1
+    grad_clip: float = 1.0  # largest norm of the gradient, 1e-6 … 1e6
+    ema_decay: float = 0.99  # of the averaged weights, 0 (no averaging) … 0.99999
+    seed: int = 0  # of weights, batches, timesteps and noise, 0 … 4294967295
 
     def __post_init__(self):
         for name in ("widths", "attention_levels"):  # a list read from JSON is as good as a tuple
@@ -65,6 +69,9 @@ class TrainConfig:
         self._one_of("dataset", DATASETS)
         self._one_of("schedule", SCHEDULES)
         self._one_of("target", TARGETS)
+        self._one_of("model", MODELS)
+        self._one_of("timestep_draw", DRAWS)
+        self._one_of("optimizer", OPTIMIZERS)
         self._within("image_size", 8, 256)
         self._one_of("channels", (1, 3))
         self._within("timesteps", 2, 10_000)
@@ -119,7 +126,7 @@ class TrainConfig:
         object.__setattr__(self, name, type(low)(value))  # 2 and 2.0 are one config with one `run_name`
 
     def network(self) -> dict:
-        """Keyword arguments for `unet.UNet`."""
+        """Keyword arguments for `unet.UNet`; `pretrained.build` makes whatever network `model` names."""
         names = (
             "channels",
             "widths",
@@ -167,7 +174,10 @@ class TrainConfig:
 
 
 def from_dict(values: dict) -> TrainConfig:
-    """The config that `TrainConfig.to_dict` wrote. Raises ValueError on a field that this version does not know."""
+    """The config that `TrainConfig.to_dict` wrote; a field that an older version did not write keeps its default.
+
+    Raises ValueError on a field that this version does not know.
+    """
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(TrainConfig)})
     if unknown:
         raise ValueError(
@@ -185,6 +195,8 @@ def preset_for(device_type: str) -> dict:
 
 def for_this_run(cfg: TrainConfig) -> TrainConfig:
     """`cfg`, or in fast mode the same run with everything that costs time shrunk; betas grow as T shrinks, so the noise stays."""
+    from . import runtime  # brings torch, which a command line that only shows its help does not wait for
+
     if not runtime.is_fast():
         return cfg
     timesteps = min(cfg.timesteps, 50)

@@ -21,6 +21,7 @@ BAD = {
     "schedule": ["quadratic", None],
     "beta_scale": [0, -1, 1e4, NAN, INF, "1"],
     "target": ["epsilon", None],
+    "model": ["resnet", "", None],
     "widths": [(), (0, 64), (-8, 64), (12, 64), (32.5, 64), ("a", 64), 32, None],
     "blocks": [0, 9, 1.5],
     "attention_levels": [(2,), (-1,), ("a",), (0.5,), 1],
@@ -32,6 +33,8 @@ BAD = {
     "num_classes": [-1, 1.5],
     "epochs": [0, -1, NAN, INF, "3"],
     "batch_size": [0, -1, 4097, 2.5],
+    "timestep_draw": ["even", None],
+    "optimizer": ["sgd", "", None],
     "lr": [0, -1e-3, 1, NAN],
     "warmup_steps": [-1, 1.5],
     "decay_from": [-0.1, 1.1],
@@ -43,10 +46,13 @@ BAD = {
 }
 OTHER = {
     "dataset": "mnist", "image_size": 32, "channels": 3, "timesteps": 500, "schedule": "linear", "beta_scale": 2.0,
-    "target": "eps", "widths": (32, 32), "blocks": 1, "attention_levels": (), "fold": 1, "time_dim": 64, "groups": 4,
-    "heads": 2, "dropout": 0.1, "num_classes": 10, "epochs": 1.0, "batch_size": 16, "lr": 1e-3, "warmup_steps": 0,
-    "decay_from": 1.0, "lr_floor": 0.0, "weight_decay": 0.1, "grad_clip": 2.0, "ema_decay": 0.0, "seed": 1,
+    "target": "eps", "model": "article", "widths": (32, 32), "blocks": 1, "attention_levels": (), "fold": 1, "time_dim": 64,
+    "groups": 4, "heads": 2, "dropout": 0.1, "num_classes": 10, "epochs": 1.0, "batch_size": 16, "timestep_draw": "uniform",
+    "optimizer": "adam", "lr": 1e-3, "warmup_steps": 0, "decay_from": 1.0, "lr_floor": 0.0, "weight_decay": 0.1,
+    "grad_clip": 2.0, "ema_decay": 0.0, "seed": 1,
 }  # fmt: skip
+# Fields that files of an earlier version lack, and what those files meant.
+LATER = {"model": "unet", "timestep_draw": "stratified", "optimizer": "adamw"}
 
 
 def test_the_tables_above_name_every_field():
@@ -84,6 +90,12 @@ def test_round_trip_through_a_dict_and_through_json(changes):
     cfg = TrainConfig(**changes)
     assert config.from_dict(cfg.to_dict()) == cfg
     assert config.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+
+
+def test_a_config_written_before_a_field_existed_is_read_with_its_default():
+    written = {name: value for name, value in TrainConfig(lr=1e-3).to_dict().items() if name not in LATER}
+    assert config.from_dict(written) == TrainConfig(lr=1e-3)
+    assert {name: FIELDS[name] for name in LATER} == LATER  # or an old file would come to mean something else
 
 
 def test_from_dict_refuses_a_field_it_does_not_know():
