@@ -3,11 +3,14 @@
 import contextlib
 import copy
 import functools
+import io
 import math
 import os
 import signal
+import tempfile
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,17 +19,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import config, runtime
+from . import config, distributed, runtime
 from .config import TrainConfig
 from .data import to_model_range
 from .diffusion import diffusion_loss, eval_mode, q_sample, training_target
 from .schedules import NoiseSchedule, make_schedule
 
 SCHEMA = 1  # of the checkpoint file; a change that old files do not fit raises it
+EXPLODED = 1e3  # a loss; the answer 0 has about 1, whatever the target
+READ_EVERY = 50  # steps; a GPU is left to run ahead of its host for so long
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss was no finite number. The message names the step and the last good checkpoint."""
+    """The loss was no finite number, or an enormous one. The message names step, config and the last good checkpoint."""
+
+
+class NotSaved(OSError):
+    """A checkpoint could not be written: the disk is full, the folder read-only. The state is still in memory."""
 
 
 def sample_timesteps(n: int, timesteps: int, generator: torch.Generator | None = None, device="cpu") -> Tensor:
@@ -88,20 +97,20 @@ def step_generator(seed: int, step: int, device="cpu") -> torch.Generator:
     return torch.Generator(device=device).manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
-def batch_indices(n_images: int, step: int, cfg: TrainConfig) -> Tensor:
+def batch_indices(n_images: int, step: int, cfg: TrainConfig, device="cpu") -> Tensor:
     """Which images step `step` sees: each pass over the data is a new permutation, and batches run on from pass to pass."""
     number, offset = divmod(step * cfg.batch_size, n_images)
-    order = permutation(n_images, cfg.seed, number)
+    order = permutation(n_images, cfg.seed, number, device)
     while len(order) < offset + cfg.batch_size:
         number += 1
-        order = torch.cat([order, permutation(n_images, cfg.seed, number)])
+        order = torch.cat([order, permutation(n_images, cfg.seed, number, device)])
     return order[offset : offset + cfg.batch_size]
 
 
 @functools.lru_cache(maxsize=2)
-def permutation(n_images: int, seed: int, number: int) -> Tensor:
-    """The order of the images in pass `number`. Treat it as read-only: the two latest are remembered."""
-    return torch.randperm(n_images, generator=step_generator(seed + 1_000_000_007, number))
+def permutation(n_images: int, seed: int, number: int, device="cpu") -> Tensor:
+    """The order of the images in pass `number`, the same on every device. Treat it as read-only: two are remembered."""
+    return torch.randperm(n_images, generator=step_generator(seed + 1_000_000_007, number)).to(device)
 
 
 @dataclass(frozen=True)
@@ -110,10 +119,15 @@ class StepRecord:
 
     step: int
     total: int
-    loss: float
+    loss_tensor: Tensor  # a scalar, still on the device
     lr: float
     images_per_second: float
     held_out: float | None = None
+
+    @property
+    def loss(self) -> float:
+        """The loss of the whole batch. On a GPU the reader waits for the step: in a hurry, keep records and read them later."""
+        return self.loss_tensor.item()
 
 
 class TrainState:
@@ -127,7 +141,8 @@ class TrainState:
         self.schedule = make_schedule(**cfg.noise()).to(self.device)
         self.step = 0
         self.best = math.inf  # the lowest held-out loss so far
-        self.stopped = False  # True once the reader has pressed stop
+        self.stopped = False  # True once the reader has pressed stop; set it to end the loop
+        self.unsaved = None  # the NotSaved of the latest save point, if it failed
 
 
 def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, folder: Path | str | None = None,
@@ -136,9 +151,16 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
 
     images: (N, C, H, W) uint8, moved to the device once. With `held_out` images, their loss is measured every
     `evaluate_every` steps (a tenth of the run if not given). With a `folder`, `last.pt` is written at those points and at the
-    end, and `best.pt` when the held-out loss is the lowest so far. The stop button (Ctrl-C) ends the loop between two steps,
-    with `state.stopped` set and `last.pt` written: calling `train` again goes on exactly.
-    Raises ValueError on images that are not uint8 or are empty; TrainingDiverged when the loss is no finite number.
+    end, and `best.pt` when the held-out loss is the lowest so far. The stop button (Ctrl-C) or SIGTERM ends the loop between
+    two steps, with `state.stopped` set and `last.pt` written: calling `train` again goes on exactly.
+
+    Inside `distributed.group` every process makes this same call and sees the loss of the whole batch; process 0 alone
+    measures and writes. Leave the loop early with `state.stopped = True`, which reaches the others: after `break` they wait.
+
+    A save that fails is a warning, and is tried again at the next point. Raises NotSaved at once if `folder` cannot be
+    written to, and after the last step if its save failed; ValueError on images that are not uint8 or are empty, on labels
+    that do not go with them, and on processes that do not agree; TrainingDiverged when the loss is not finite or beyond
+    `EXPLODED` (on a GPU up to `READ_EVERY` steps later); distributed.WorkerLost when another process dies.
     """
     cfg, images = state.cfg, check_images(images).to(state.device)
     if held_out is not None:
@@ -147,81 +169,152 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels have shape {tuple(labels.shape)}, expected one a picture: ({len(images)},)")
         labels = labels.to(state.device)
+    distributed.share(cfg.batch_size)
+    if folder is not None and distributed.rank() == 0:
+        _check_folder(Path(folder))
     total = cfg.steps(len(images))
     every = evaluate_every or math.ceil(total / 10)
     state.model.train()
-    state.stopped = False
-    with _stop_between_steps(state):
-        first, busy = state.step, 0.0  # seconds spent in steps; what the caller does in between does not count
-        while state.step < total and not state.stopped:
+    state.stopped, state.unsaved = False, None
+    with _stop_between_steps(state), distributed.lost_worker(lambda: _lost(state, folder)):
+        distributed.agree(step=state.step, config=cfg.run_name(), images=tuple(images.shape))
+        model = distributed.replicate(state.model, state.ema.model)
+        first, busy, speed = (
+            state.step,
+            0.0,
+            0.0,
+        )  # seconds spent in steps; what the caller does in between does not count
+        unread, leave = [], False
+        while state.step < total and not leave:
             began = time.perf_counter()
             lr = learning_rate(state.step, total, cfg)
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr
-            picked = batch_indices(len(images), state.step, cfg).to(state.device)
-            rng = step_generator(cfg.seed, state.step, state.device)
-            x0 = to_model_range(images[picked])
-            t = sample_timesteps(len(x0), len(state.schedule), rng, state.device)
-            eps = torch.randn(x0.shape, generator=rng, device=state.device)
-            y = None if labels is None else labels[picked]
-            loss = train_step(
-                state.model, state.optimizer, state.schedule, x0, t, eps, cfg.target, cfg.grad_clip, y
-            ).item()
-            if not math.isfinite(loss):
-                raise TrainingDiverged(_divergence(state, loss, folder))
+            loss, stop = distributed.gather(_one_step(state, model, images, labels, lr), state.stopped)
+            unread.append(loss)
+            done = state.step + 1
+            point = done % every == 0 or done == total
+            look = point or state.device.type == "cpu" or (done - first) % READ_EVERY == 1
+            if look:
+                _read(state, unread, folder)
+                leave = bool(stop)
             state.ema.update(state.model)
-            state.step += 1
+            state.step = done
             busy += time.perf_counter() - began
-            speed = (state.step - first) * cfg.batch_size / busy
-            measured = None
-            if state.step % every == 0 or state.step == total:
-                measured = _measure_and_save(state, held_out, folder)
+            if look:  # in between, a GPU's host knows when a step was ordered and not when it was done
+                speed = (state.step - first) * cfg.batch_size / busy
+            measured = _measure_and_save(state, held_out, folder) if point else None
             yield StepRecord(state.step, total, loss, lr, speed, measured)
-        if state.stopped and folder is not None:  # the stop may have come in a step, or while the caller was drawing
+            leave = leave or (state.stopped and distributed.world() == 1)
+        state.stopped = state.stopped or leave
+        if leave and folder is not None:  # the stop may have come in a step, or while the caller was drawing
             _measure_and_save(state, None, folder)
+    if state.unsaved:
+        raise NotSaved(f"the run ended at step {state.step}, but {state.unsaved}")
+
+
+def _one_step(state: TrainState, model: nn.Module, images: Tensor, labels: Tensor | None, lr: float) -> Tensor:
+    """Step number `state.step`: its batch, timesteps and noise depend on that number and the seed alone. Returns the loss."""
+    cfg, mine = state.cfg, distributed.share(state.cfg.batch_size)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    if distributed.world() > 1:  # dropout: other masks in every process, the same ones again in a resumed run
+        torch.manual_seed((cfg.seed * 1_000_003 + state.step) * distributed.world() + distributed.rank())
+    picked = batch_indices(len(images), state.step, cfg, state.device)[mine]
+    rng = step_generator(cfg.seed, state.step, state.device)
+    t = sample_timesteps(cfg.batch_size, len(state.schedule), rng, state.device)[mine]
+    eps = torch.randn(cfg.batch_size, *images.shape[1:], generator=rng, device=state.device)[mine]
+    y = None if labels is None else labels[picked]
+    x0 = to_model_range(images[picked])
+    return train_step(model, state.optimizer, state.schedule, x0, t, eps, cfg.target, cfg.grad_clip, y)
+
+
+def _read(state: TrainState, unread: list[Tensor], folder: Path | str | None) -> None:
+    """Look at the losses of the latest steps, oldest first, and forget them. Raises TrainingDiverged."""
+    first = state.step + 1 - len(unread)
+    for number, loss in enumerate(torch.stack(unread).tolist(), first):
+        if not loss < EXPLODED:  # which NaN is not either
+            raise TrainingDiverged(_divergence(state, loss, number, folder))
+    unread.clear()
 
 
 def _measure_and_save(state: TrainState, held_out: Tensor | None, folder: Path | str | None) -> float | None:
-    if not all(weight.isfinite().all() for weight in state.model.parameters()):
-        raise TrainingDiverged(_divergence(state, math.nan, folder))
+    if not torch.stack([weight.isfinite().all() for weight in state.model.parameters()]).all():
+        raise TrainingDiverged(_divergence(state, math.nan, state.step, folder))
+    if distributed.rank() != 0:
+        return None
     measured = None if held_out is None else held_out_loss(state.ema.model, state.schedule, held_out, state.cfg.target)
-    better = measured is not None and measured < state.best
-    if better:
-        state.best = measured
+    best, state.unsaved = state.best, None
+    if measured is not None:
+        state.best = min(best, measured)
     if folder is not None:
-        save_checkpoint(Path(folder) / "last.pt", state)
-        if better:
-            save_checkpoint(Path(folder) / "best.pt", state)
+        _try_to_save(Path(folder) / "last.pt", state)
+        if state.best < best and not _try_to_save(Path(folder) / "best.pt", state):
+            state.best = best  # so that the next good one is written again
     return measured
 
 
-def _divergence(state: TrainState, loss: float, folder) -> str:
+def _try_to_save(path: Path, state: TrainState) -> bool:
+    try:
+        save_checkpoint(path, state)
+    except NotSaved as error:
+        state.unsaved = error
+        warnings.warn(f"step {state.step}: {error}", RuntimeWarning, stacklevel=4)  # at the caller's loop
+        return False
+    return True
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise NotSaved before the first step, rather than after hours, if nothing can be written to `folder`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise NotSaved(
+            f"{runtime.short_path(folder)} cannot be written to ({error.strerror}): choose another folder"
+        ) from error
+
+
+def _last_good(folder: Path | str | None) -> str:
     last = Path(folder) / "last.pt" if folder is not None else None
-    where = (
+    return (
         f"the last good checkpoint is {runtime.short_path(last)}"
         if last and last.is_file()
         else "no checkpoint was written"
     )
-    return f"loss={loss} at step {state.step} with lr={state.cfg.lr}; {where}. Lower lr, or look for NaN in the images."
+
+
+def _divergence(state: TrainState, loss: float, step: int, folder: Path | str | None) -> str:
+    cfg = state.cfg
+    return (
+        f"loss={loss:g} at step {step} of {cfg.run_name()} (lr={cfg.lr}, batch_size={cfg.batch_size}, "
+        f"grad_clip={cfg.grad_clip}); {_last_good(folder)}. Lower lr, or look for NaN in the images."
+    )
+
+
+def _lost(state: TrainState, folder: Path | str | None) -> str:
+    return (
+        f"another process died at step {state.step} (its own message, if it left one, says why); {_last_good(folder)}"
+    )
 
 
 @contextlib.contextmanager
 def _stop_between_steps(state: TrainState):
-    """While inside, Ctrl-C sets `state.stopped` instead of cutting a step in half. A second one does what it always does."""
+    """While inside, Ctrl-C and SIGTERM set `state.stopped` and cut no step in half. A second one does what it always does."""
     if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
         yield
         return
 
     def stop(signum, frame):
         state.stopped = True
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signum, before[signum])
 
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, stop)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    for signum in before:
+        signal.signal(signum, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 @torch.no_grad()
@@ -261,9 +354,11 @@ def check_images(images: Tensor) -> Tensor:
 
 
 def save_checkpoint(path: Path | str, state: TrainState) -> Path:
-    """Write one file with all of `state`: under a temporary name, flushed to disk, then renamed, so `path` is always whole."""
+    """Write one file with all of `state`: under a temporary name, flushed to disk, then renamed, so `path` is always whole.
+
+    Raises NotSaved if it cannot be written; what was there before stays.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     payload = {
         "schema": SCHEMA,
         "config": state.cfg.to_dict(),
@@ -276,16 +371,40 @@ def save_checkpoint(path: Path | str, state: TrainState) -> Path:
         "rng": torch.get_rng_state(),  # dropout draws from the global generator; all else from seed and step
         "rng_cuda": torch.cuda.get_rng_state(state.device) if state.device.type == "cuda" else None,
     }
+    buffer = io.BytesIO()  # in memory first: PyTorch's own writer hides what a full disk says
+    torch.save(payload, buffer)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_litter(path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise NotSaved(
+            f"{runtime.short_path(path)} was not written ({error.strerror or error}). All of it is still in memory: "
+            "make room, or call save_checkpoint with another path"
+        ) from error
     return path
+
+
+def _remove_litter(path: Path) -> None:
+    """Delete the unfinished files of saves to `path` whose process was killed."""
+    for part in path.parent.glob(f".{path.name}.*.part"):
+        pid = part.suffixes[-2][1:]
+        with contextlib.suppress(
+            OSError
+        ):  # Windows keeps a file that is being written, and `kill` means something else there
+            if os.name == "posix" and pid.isdigit():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), 0)  # only asks whether it lives
+                    continue
+            part.unlink()
 
 
 def read_checkpoint(path: Path | str) -> dict:

@@ -1,0 +1,109 @@
+"""Several processes train as one: each takes its share of every batch, their gradients are averaged, process 0 writes.
+
+`torchrun` starts the processes, PyTorch's DistributedDataParallel averages. In a single process nothing here does anything.
+"""
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from . import runtime
+
+
+class WorkerLost(RuntimeError):
+    """Another process of the run has died. The message names the step and the last whole checkpoint."""
+
+
+@contextlib.contextmanager
+def group(device: str | None = None):
+    """Inside, this process belongs to the run that `torchrun` started; yields its device. Elsewhere, `pick_device(device)`.
+
+    On GPUs each process takes the card of its number on the machine and they talk by NCCL; all else is CPU and Gloo.
+
+        with distributed.group() as device:
+            state = training.TrainState(cfg, UNet(**cfg.network()), device)
+            for record in training.train(state, images, held_out, folder):
+                if distributed.rank() == 0:
+                    print(record.step)
+    """
+    chosen = runtime.pick_device(device)
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield chosen
+        return
+    if chosen.type == "cuda":
+        chosen = runtime.pick_device(f"cuda:{dist.get_node_local_rank()}")
+        torch.cuda.set_device(chosen)
+        dist.init_process_group("nccl", device_id=chosen)
+    else:
+        chosen = torch.device("cpu")
+        dist.init_process_group("gloo")
+    try:
+        yield chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process, 0 … world−1. Number 0 writes files, measures and prints."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def world() -> int:
+    """How many processes train together; 1 without a group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def share(batch_size: int) -> slice:
+    """Which part of the whole batch is this process's. Raises ValueError if there is no equal part for each."""
+    part, left = divmod(batch_size, world())
+    if left:
+        tries = " or ".join(str(n * world()) for n in (part, part + 1) if n)
+        raise ValueError(f"batch_size={batch_size} does not divide among {world()} processes: try {tries}")
+    return slice(rank() * part, (rank() + 1) * part)
+
+
+def agree(**facts) -> None:
+    """Raise ValueError, in every process, unless `facts` are equal in all."""
+    if world() == 1:
+        return
+    everyones = [None] * world()
+    dist.all_gather_object(everyones, facts)
+    for name, first in everyones[0].items():
+        for number, theirs in enumerate(everyones):
+            if theirs[name] != first:
+                raise ValueError(
+                    f"the processes differ: {name} is {first!r} in process 0, {theirs[name]!r} in process {number}. "
+                    "Start all with the same command, and give every machine the same data and checkpoint."
+                )
+
+
+def replicate(model: nn.Module, average: nn.Module) -> nn.Module:
+    """`model`, wrapped so that its gradients are means over all processes. Weights and average become those of process 0."""
+    if world() == 1:
+        return model
+    for tensor in average.state_dict().values():
+        dist.broadcast(tensor, 0)
+    return DistributedDataParallel(model, static_graph=True)  # static: some weights may stay out of the loss
+
+
+def gather(loss: Tensor, stopped: bool) -> tuple[Tensor, Tensor | bool]:
+    """The loss of the whole batch, and whether any process has been told to stop. The host waits for neither."""
+    if world() == 1:
+        return loss, stopped
+    both = torch.stack([loss, torch.full_like(loss, stopped)])
+    dist.all_reduce(both)
+    return both[0] / world(), both[1] > 0
+
+
+@contextlib.contextmanager
+def lost_worker(message):
+    """Turn what Gloo or NCCL say when another process has gone into a WorkerLost with the text `message()`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+            raise WorkerLost(message()) from error
+        raise
