@@ -87,9 +87,10 @@ def learning_rate(step: int, total: int, cfg: TrainConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; the fused version does the same arithmetic in one pass and must be asked for."""
+    """AdamW or Adam; the fused version does the same arithmetic in one pass and must be asked for."""
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[cfg.optimizer]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+    return kind(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
 
 
 def step_generator(seed: int, step: int, device="cpu") -> torch.Generator:
@@ -220,8 +221,12 @@ def _one_step(state: TrainState, model: nn.Module, images: Tensor, labels: Tenso
         torch.manual_seed((cfg.seed * 1_000_003 + state.step) * distributed.world() + distributed.rank())
     picked = batch_indices(len(images), state.step, cfg, state.device)[mine]
     rng = step_generator(cfg.seed, state.step, state.device)
-    t = sample_timesteps(cfg.batch_size, len(state.schedule), rng, state.device)[mine]
-    eps = torch.randn(cfg.batch_size, *images.shape[1:], generator=rng, device=state.device)[mine]
+    n, timesteps = cfg.batch_size, len(state.schedule)
+    if cfg.timestep_draw == "stratified":
+        t = sample_timesteps(n, timesteps, rng, state.device)[mine]
+    else:
+        t = torch.randint(timesteps, (n,), generator=rng, device=state.device)[mine]
+    eps = torch.randn(n, *images.shape[1:], generator=rng, device=state.device)[mine]
     y = None if labels is None else labels[picked]
     x0 = to_model_range(images[picked])
     return train_step(model, state.optimizer, state.schedule, x0, t, eps, cfg.target, cfg.grad_clip, y)
