@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .. import data, runtime, training
+from .. import data, gallery, runtime, training
 from ..config import TrainConfig, from_dict
 from ..evaluation import Classifier, train_classifier
 from ..unet import UNet
@@ -34,10 +34,15 @@ def card(name: str) -> dict:
     return json.loads(path.read_text())
 
 
-def load(name: str, device="cpu") -> tuple[UNet, TrainConfig]:
+def build(cfg: TrainConfig) -> torch.nn.Module:
+    """The network that `cfg.model` names, with fresh weights from the global generator: ours, or one of the gallery."""
+    return UNet(**cfg.network()) if cfg.model == "unet" else gallery.build(cfg.model, timesteps=cfg.timesteps)
+
+
+def load(name: str, device="cpu") -> tuple[torch.nn.Module, TrainConfig]:
     """The averaged network `name` in eval mode on `device`, and its config. Reads tensors only, no code."""
     cfg = from_dict(card(name)["config"])
-    model = UNet(**cfg.network())
+    model = build(cfg)
     _read_weights(name, model)
     return model.to(device, memory_format=torch.channels_last).eval(), cfg
 
@@ -61,13 +66,13 @@ def matching(cfg: TrainConfig) -> str | None:
     return next((name for name in names() if not cfg.differences(from_dict(card(name)["config"]))), None)
 
 
-def obtain(cfg: TrainConfig, device="cpu", seconds: float = 60.0) -> UNet:
+def obtain(cfg: TrainConfig, device="cpu", seconds: float = 60.0) -> torch.nn.Module:
     """An averaged network in eval mode whose weights fit `cfg`, saying in one line where it comes from.
 
     First a checkpoint of lesson 04 under `checkpoints/`, the newest whose config agrees on `config.WEIGHT_FIELDS`; else shipped
     weights that do; else one trained here and now for `seconds`, which is said loudly.
     """
-    model = UNet(**cfg.network())
+    model = build(cfg)
     files = sorted(
         runtime.checkpoint_dir("lesson_04").glob("*/last.pt"), key=lambda path: path.stat().st_mtime, reverse=True
     )
@@ -122,7 +127,7 @@ def obtain_classifier(train_set: data.ImageSet, device="cpu") -> Classifier:
     return train_classifier(train_set.images, train_set.labels, len(train_set.classes), device=device)
 
 
-def _train_briefly(cfg: TrainConfig, model: UNet, device, seconds: float) -> UNet:
+def _train_briefly(cfg: TrainConfig, model: torch.nn.Module, device, seconds: float) -> torch.nn.Module:
     """Measure the speed over a few steps, then train as many as fit into `seconds`, with the learning rate falling to its end."""
     images = data.load_images(cfg.dataset, image_size=cfg.image_size).images
     few = cfg.replace(epochs=5 * cfg.batch_size / len(images))
