@@ -163,3 +163,11 @@ def test_bad_input_is_refused_in_words(article, x, t, y, words):
 def test_bad_settings_are_refused(settings):
     with pytest.raises(ValueError, match=f"{next(iter(settings))}={next(iter(settings.values()))}"):
         gallery.build("article", **settings)
+
+
+def test_every_activation_of_the_article_is_a_silu(article):
+    found = {type(m) for m in article.modules() if not list(m.children())}
+    assert found == {nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm, nn.Linear, nn.Embedding, nn.SiLU}
+    assert (
+        sum(isinstance(m, nn.SiLU) for m in article.modules()) == 7 + 2
+    )  # seven time MLPs, and beside the 2×2 convolutions
