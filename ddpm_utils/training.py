@@ -27,7 +27,7 @@ from .schedules import NoiseSchedule, make_schedule
 
 SCHEMA = 1  # of the checkpoint file; a change that old files do not fit raises it
 EXPLODED = 1e3  # a loss; the answer 0 has about 1, whatever the target
-READ_EVERY = 50  # steps; a GPU is left to run ahead of its host for so long
+READ_EVERY = 50  # steps after which a GPU, which runs behind its host, is waited for to look at the losses
 
 
 class TrainingDiverged(RuntimeError):
@@ -143,6 +143,7 @@ class TrainState:
         self.step = 0
         self.best = math.inf  # the lowest held-out loss so far
         self.stopped = False  # True once the reader has pressed stop; set it to end the loop
+        self.read_every = 1 if self.device.type == "cpu" else READ_EVERY
         self.unsaved = None  # the NotSaved of the latest save point, if it failed
 
 
@@ -193,7 +194,7 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
             unread.append(loss)
             done = state.step + 1
             point = done % every == 0 or done == total
-            look = point or state.device.type == "cpu" or (done - first) % READ_EVERY == 1
+            look = point or (done - first - 1) % state.read_every == 0
             if look:
                 _read(state, unread, folder)
                 leave = bool(stop)

@@ -1,6 +1,8 @@
 """The step, the average, the loop that stops and goes on exactly, and files that are always whole."""
 
+import builtins
 import dataclasses
+import errno
 import math
 import os
 import pickle
@@ -13,10 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from torch import nn
 
-from ddpm_utils import training
-from ddpm_utils.training import EMA, TrainingDiverged, TrainState, train
+from ddpm_utils import diffusion, training
+from ddpm_utils.config import TrainConfig
+from ddpm_utils.training import EMA, NotSaved, TrainingDiverged, TrainState, train
+from ddpm_utils.unet import UNet
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 IMAGES = torch.randint(0, 256, (24, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -104,6 +109,35 @@ def test_every_image_is_seen_once_an_epoch(tiny, images, batch):
         assert not torch.equal(passes[0], passes[1])
     assert not torch.equal(seen, torch.cat([training.batch_indices(images, s, tiny(batch_size=batch, seed=1))
                                             for s in range(images)])) or images == 1  # fmt: skip
+
+
+def test_the_config_chooses_how_timesteps_are_drawn(fresh, monkeypatch):
+    seen = {"stratified": [], "uniform": []}
+    for draw, batches in seen.items():
+        monkeypatch.setattr(
+            training, "train_step", lambda *a, out=batches: out.append(a[4].tolist()) or torch.tensor(1.0)
+        )
+        run(fresh(timestep_draw=draw, epochs=40))
+    parts = {draw: [len({t // 25 for t in batch}) for batch in batches] for draw, batches in seen.items()}
+    assert set(parts["stratified"]) == {4}
+    # Of four free draws all fall into different quarters in 4! / 4⁴ = 9 % of the batches.
+    share = sum(n == 4 for n in parts["uniform"]) / len(parts["uniform"])
+    everyone = torch.tensor(seen["uniform"]).flatten().double()
+    assert share < 0.25 and everyone.min() < 5 and everyone.max() > 94
+    assert abs(everyone.mean() - 49.5) < 5 * 28.9 / math.sqrt(len(everyone))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
+def test_the_config_chooses_the_optimizer(fresh, optimizer):
+    """They differ in weight decay alone: AdamW shrinks the weight, Adam adds it to a gradient whose size it then ignores."""
+    cfg = fresh(optimizer=optimizer, lr=1e-2, weight_decay=0.5).cfg
+    layer = constant(2.0)
+    chosen = training.make_optimizer(layer, cfg)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    chosen.step()
+    expected = 2 * (1 - 1e-2 * 0.5) - 1e-2 if optimizer == "adamw" else 2 - 1e-2
+    assert layer.weight[0, 0].item() == pytest.approx(expected, rel=1e-6)
+    assert chosen.defaults["fused"] is True
 
 
 # one step
@@ -315,6 +349,77 @@ def test_weights_that_are_not_finite_are_never_written_over_good_ones(fresh, tmp
     assert payload["step"] == 7 and all(w.isfinite().all() for w in (payload["model"] | payload["ema"]).values())
 
 
+@pytest.mark.parametrize("factor", [1e6, -math.inf])
+def test_an_enormous_loss_stops_the_run_and_the_message_names_step_config_and_file(fresh, tmp_path, factor):
+    state = fresh()
+    at_forward(state.model, 7, lambda module, out: out + factor)
+    with pytest.raises(TrainingDiverged) as error:
+        run(state, folder=tmp_path, evaluate_every=3)
+    loss = "1e+12" if factor == 1e6 else "inf"
+    assert f"loss={loss} at step 7 of {state.cfg.run_name()} (lr=0.005, batch_size=4, " in str(error.value)
+    assert training.read_checkpoint(tmp_path / "last.pt")["step"] == 6
+    assert len(str(error.value)) < 300
+
+
+def test_a_high_loss_is_no_explosion(fresh):
+    state = fresh()
+    at_forward(state.model, 7, lambda module, out: out + 30)
+    assert max(record.loss for record in run(state)) > 800 and state.step == STEPS
+
+
+# a device that runs behind its host
+
+
+class Waits(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what makes a host wait for its GPU: values that Python asks for, and shapes that depend on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.count += function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal", "masked_select")
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_losses_are_read_as_rarely_as_the_device_wants(fresh, monkeypatch, every):
+    monkeypatch.setattr(diffusion, "check_timesteps", lambda *_: None)  # it reads on the CPU alone
+    state, plain, looks, waits, records = fresh(epochs=3), fresh(epochs=3), [], [], []
+    assert state.read_every == 1
+    state.read_every = every
+    read = training._read
+    monkeypatch.setattr(training, "_read", lambda *a: (looks.append(state.step + 1), read(*a)))
+    with Waits() as mode:
+        for record in train(state, IMAGES, evaluate_every=9):
+            waits.append(mode.count)
+            records.append(record)
+    assert looks == (list(range(1, 19)) if every == 1 else [1, 6, 9, 11, 16, 18])
+    assert waits == [0] * 8 + [1] * 9 + [2]  # at the two save points: are all weights finite?
+    assert [r.loss for r in records] == [r.loss for r in run(plain)] and same(everything(state), everything(plain))
+    assert all(isinstance(r.loss, float) and r.images_per_second > 0 for r in records)
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_loss_that_is_read_late_is_found_at_its_own_step_and_never_saved(fresh, tmp_path, folder):
+    state = fresh(epochs=4)
+    state.read_every = 100
+    at_forward(state.model, 7, lambda module, out: out * math.nan)
+    with pytest.raises(TrainingDiverged, match="loss=nan at step 7 "):
+        run(state, folder=tmp_path if folder else None, evaluate_every=5)
+    if folder:
+        assert training.read_checkpoint(tmp_path / "last.pt")["step"] == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_loop_never_waits_for_the_gpu(tiny, net):
+    cfg = tiny(epochs=1)
+    state, images = TrainState(cfg, net(cfg), "cuda"), IMAGES.repeat(8, 1, 1, 1)
+    for record in train(state, images, evaluate_every=1000):
+        torch.cuda.set_sync_debug_mode("error" if 2 <= record.step < 40 else "default")
+    assert state.step == 48
+
+
 # the stop button
 
 
@@ -420,6 +525,172 @@ def test_a_run_that_is_interrupted_twice(fresh, tmp_path):
     assert same(everything(state), everything(whole))
 
 
+# twenty-seven ways to be interrupted
+
+EVERY = 5  # steps between two save points
+POINTS = {  # where, and the step of the file that is left when all ends there, and when a signal is heeded there
+    "before a step": (5, 8),
+    "after the optimizer": (5, 8),
+    "before the average": (5, 8),
+    "in the loop": (5, 7),
+    "measuring": (5, 10),
+    "half written": (5, 10),
+    "before the flush": (5, 10),
+    "before the renaming": (5, 10),
+    "after the renaming": (10, 10),
+}
+
+
+def interrupt(patch, state, point: str, action) -> None:
+    """Have `action()` called once, at `point` of the eighth step or of the second save."""
+    step = 7 if POINTS[point][1] < 10 else 10
+    left = [action]
+
+    def now(*_):
+        if state.step == step and left:
+            left.pop()()
+
+    def around(function, before=True):
+        def wrapped(*arguments, **named):
+            if before:
+                now()
+            out = function(*arguments, **named)
+            if not before:
+                now()
+            return out
+
+        return wrapped
+
+    class Halved:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, data):
+            self.file.write(data[: len(data) // 2])
+            self.file.flush()
+            now()
+            self.file.write(data[len(data) // 2 :])
+
+    if point == "before a step":
+        state.model.register_forward_pre_hook(now)
+    elif point == "after the optimizer":
+        patch.setattr(state.optimizer, "step", around(state.optimizer.step, before=False))
+    elif point == "before the average":
+        patch.setattr(state.ema, "update", around(state.ema.update))
+    elif point == "measuring":
+        state.ema.model.register_forward_pre_hook(now)
+    elif point == "half written":
+        patch.setattr(training, "open", lambda *a: Halved(builtins.open(*a)), raising=False)
+    elif point == "before the flush":
+        patch.setattr(os, "fsync", around(os.fsync))
+    elif point == "before the renaming":
+        patch.setattr(os, "replace", around(os.replace))
+    elif point == "after the renaming":
+        patch.setattr(os, "replace", around(os.replace, before=False))
+
+
+def a_run(weights: int) -> TrainState:
+    """A new state with dropout, the same for the same `weights`."""
+    cfg = TrainConfig(**(TINY | {"dropout": 0.2}))
+    torch.manual_seed(weights)
+    return TrainState(cfg, UNet(**cfg.network()))
+
+
+def interrupted(state, folder: Path, point: str, action) -> dict:
+    """Train until `action` at `point` ends it, or to the end. Returns the losses by step."""
+    losses = {}
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, state, point, action)
+        for record in train(state, IMAGES, HELD_OUT, folder, EVERY):
+            losses[record.step] = record.loss
+            if point == "in the loop" and record.step == 7:
+                action()
+    return losses
+
+
+def kill_everywhere(folder: Path) -> None:
+    """Run by a process of its own: a child for each point, which there sends itself kill −9."""
+    torch.set_num_threads(1)
+    a_run(0).optimizer.step()  # what the first call imports is imported once
+    for point in POINTS:
+        child = os.fork()
+        if child == 0:
+            try:
+                interrupted(a_run(0), folder / point, point, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, point
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A folder with a folder for each point, as the killed process left it."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork and kill −9")
+    folder, tests = tmp_path_factory.mktemp("killed"), str(Path(__file__).parent)
+    code = "import sys; sys.path[:0] = sys.argv[1:3]; import test_training as t; t.kill_everywhere(t.Path(sys.argv[3]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(Path(tests).parent), tests, str(folder)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def in_peace():
+    """The uninterrupted run: its losses by step and its end."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    state = a_run(0)
+    losses = {record.step: record.loss for record in train(state, IMAGES, HELD_OUT, None, EVERY)}
+    torch.set_num_threads(threads)
+    return losses, everything(state)
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("way", ["signal", "error", "kill"])
+@pytest.mark.parametrize("point", POINTS)
+def test_an_interrupted_run_goes_on_bit_for_bit_from_a_whole_file(tmp_path, point, way, request, in_peace, one_thread):
+    losses, state, folder = {}, a_run(0), tmp_path
+    if way == "signal":
+        signum = signal.SIGTERM if len(point) % 2 else signal.SIGINT
+        losses = interrupted(state, folder, point, lambda: signal.raise_signal(signum))
+        assert state.stopped
+    elif way == "error":
+        with pytest.raises(ZeroDivisionError):
+            interrupted(state, folder, point, lambda: 1 / 0)
+    else:
+        folder = request.getfixturevalue("killed") / point
+    left = training.read_checkpoint(folder / "last.pt")["step"]
+    assert left == POINTS[point][way == "signal"]
+
+    state = training.load_checkpoint(folder / "last.pt", a_run(1))
+    torch.manual_seed(77)
+    training.load_checkpoint(folder / "last.pt", state)
+    losses |= {record.step: record.loss for record in train(state, IMAGES, HELD_OUT, folder, EVERY)}
+    whole, end = in_peace
+    assert {step: loss for step, loss in whole.items() if step in losses} == losses and max(losses) == STEPS
+    assert len(losses) == STEPS or (way != "signal" and len(losses) == STEPS - left)
+    assert same(everything(state) | {"best": 0}, end | {"best": 0}) and state.best <= end["best"]
+    assert sorted(path.name for path in folder.iterdir() if path.suffix) == ["best.pt", "last.pt"]
+
+
 # measuring
 
 
@@ -486,6 +757,147 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_litter(fresh, tmp_path, mo
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir() if p.suffix != ""] == ["last.pt"]
 
 
+def fill_disk(patch, *names, steps=range(10**9), state=None):
+    """Let the flush of files called so fail, as on a full disk, while the step is in `steps`."""
+    whole = builtins.open
+    full = []
+    patch.setattr(
+        training, "open", lambda path, *a: full.append(path.name.split(".pt")[0][1:]) or whole(path, *a), raising=False
+    )
+
+    def fsync(number):
+        if full[-1] in names and state.step in steps:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patch.setattr(os, "fsync", fsync)
+
+
+def test_a_failed_save_is_a_warning_and_tried_again(fresh, tmp_path, monkeypatch):
+    state, plain = fresh(), fresh()
+    run(plain)
+    fill_disk(monkeypatch, "last", steps=(6, 9), state=state)
+    with pytest.warns(RuntimeWarning) as caught:
+        records = run(state, folder=tmp_path, evaluate_every=3)
+    assert [str(one.message).split(" (")[0] for one in caught] == [
+        f"step {step}: {tmp_path.name}/last.pt was not written" for step in (6, 9)
+    ]
+    assert "No space left on device" in str(caught[0].message) and caught[0].filename == __file__
+    assert len(records) == STEPS and same(everything(state), everything(plain)) and state.unsaved is None
+    assert training.read_checkpoint(tmp_path / "last.pt")["step"] == STEPS
+    assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["last.pt"]
+
+
+@pytest.mark.parametrize("end", ["end", "stop"])
+def test_a_run_whose_last_save_fails_says_so_and_can_be_saved_elsewhere(fresh, tmp_path, monkeypatch, end):
+    state, records = fresh(), []
+    last = STEPS if end == "end" else 8
+    with monkeypatch.context() as patch, warnings.catch_warnings(action="ignore"):
+        fill_disk(patch, "last", steps=range(4, 100), state=state)
+        with pytest.raises(NotSaved) as error:
+            for record in train(state, IMAGES, folder=tmp_path / "run", evaluate_every=3):
+                records.append(record)
+                state.stopped = end == "stop" and record.step == 8
+    assert len(records) == state.step == last
+    assert f"the run ended at step {last}, but run/last.pt was not written (No space left" in str(error.value)
+    assert "save_checkpoint with another path" in str(error.value) and len(str(error.value)) < 250
+    assert training.read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
+    training.save_checkpoint(tmp_path / "elsewhere" / "last.pt", state)
+    other = training.load_checkpoint(tmp_path / "elsewhere" / "last.pt", fresh(weights=1))
+    assert same(everything(other), everything(state))
+    assert [r.step for r in run(state, folder=tmp_path / "run")] == list(range(last + 1, STEPS + 1))  # no old complaint
+
+
+def test_a_best_that_was_not_written_is_not_the_best(fresh, tmp_path, monkeypatch):
+    state = fresh(epochs=4)
+    measures = iter([0.5, 0.4, 0.45, 0.3])
+    monkeypatch.setattr(training, "held_out_loss", lambda *_: next(measures))
+    fill_disk(monkeypatch, "best", steps=(12,), state=state)
+    with pytest.warns(RuntimeWarning, match="step 12: .*best.pt was not written"):
+        bests = [(record.step, state.best) for record in train(state, IMAGES, HELD_OUT, tmp_path, 6) if record.held_out]
+    assert bests == [(6, 0.5), (12, 0.5), (18, 0.45), (24, 0.3)]
+    assert training.read_checkpoint(tmp_path / "best.pt")["step"] == 24
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(fresh, tmp_path):
+    (tmp_path / "file").write_text("")
+    state = fresh()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NotSaved, match=r"cannot be written to \(.+\): choose another folder"):
+            run(state, folder=folder)
+        with pytest.raises(NotSaved, match="was not written"):
+            training.save_checkpoint(folder / "last.pt", state)
+    assert state.step == 0 and (tmp_path / "file").read_text() == ""
+
+
+SMALL_DISK = """
+import subprocess, sys, warnings
+sys.path[:0] = sys.argv[1:3]
+import test_training as t
+disk, plain = t.Path(sys.argv[3]), t.a_run(0)
+t.run(plain)
+whole = t.training.save_checkpoint(disk.parent / "size.pt", plain).stat().st_size
+mount = ["mount", "-t", "tmpfs", "-o", f"size={whole * 5 // 2 // 1024}k", "none", str(disk)]
+if subprocess.run(mount).returncode:
+    sys.exit(77)
+for what in ("full", "read-only"):
+    trained = t.a_run(0)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for record in t.train(trained, t.IMAGES, folder=disk, evaluate_every=4):
+                if record.step == 5 and what == "full":
+                    (disk / "other").write_bytes(bytes(whole))
+                if record.step == 5 and what == "read-only":
+                    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    except t.NotSaved as error:
+        print(error)
+    assert len(caught) == 2, caught
+    assert t.same(t.everything(trained), t.everything(plain))
+    assert t.training.read_checkpoint(disk / "last.pt")["step"] == 4
+    assert not list(disk.glob(".*"))
+    (disk / "other").unlink(missing_ok=True) if what == "full" else None
+    t.training.save_checkpoint(disk.parent / "elsewhere.pt", trained)
+try:
+    t.run(t.a_run(0), folder=disk)
+except t.NotSaved as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_and_one_that_turns_read_only(tmp_path):
+    (tmp_path / "disk").mkdir()
+    tests = Path(__file__).parent
+    command = ["unshare", "--map-root-user", "--mount", sys.executable, "-c", SMALL_DISK, tests.parent, tests]
+    try:
+        done = subprocess.run([*command, tmp_path / "disk"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    if done.returncode == 77 or done.stderr.startswith("unshare"):
+        pytest.skip("needs the right to mount a file system of its own")
+    assert done.returncode == 0, done.stderr
+    full, read_only, at_once = done.stdout.splitlines()
+    assert "the run ended at step 12, but disk/last.pt was not written (No space left on device)" in full
+    assert "the run ended at step 12, but disk/last.pt was not written (Read-only file system)" in read_only
+    assert at_once.endswith("disk cannot be written to (Read-only file system): choose another folder")
+
+
+def test_litter_of_the_dead_is_removed_and_nothing_else(fresh, tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    keep = [
+        f".last.pt.{os.getppid()}.part",
+        f".best.pt.{dead.pid}.part",
+        ".last.pt.mine.part.txt",
+        f"last.pt.{dead.pid}.part",
+    ]
+    litter = [f".last.pt.{dead.pid}.part", f".last.pt.{os.getpid()}.part"]
+    for name in (*keep, *litter):
+        (tmp_path / name).write_bytes(b"half")
+    training.save_checkpoint(tmp_path / "last.pt", fresh())
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {*keep, "last.pt"}
+
+
 KILL = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -511,6 +923,7 @@ for trial in range(5):
         saved += told
     os.close(reader)
     training.load_checkpoint(path, state)
+    assert len(list(path.parent.glob("*.part"))) <= 1, "each save removes what was left of the one before"
     assert saved <= state.step <= saved + 1, (trial, saved, state.step)
     print(state.step)
 """
