@@ -1,0 +1,58 @@
+"""What the benchmarks share: the clock, the machine's peak, the work in a step, and what the machine is called."""
+
+import math
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpm_utils import runtime
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was told, so that a clock read now is right."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def matrix_peak(device: torch.device) -> float:
+    """FLOP/s of a large square matrix product, the best of several, in the precision that training uses on this device."""
+    side = runtime.shrink(8192 if device.type == "cuda" else 2048, 128)
+    with runtime.autocast(device):
+        a, best = torch.randn(side, side, device=device), math.inf
+        if torch.is_autocast_enabled(device.type):
+            a = a.to(torch.get_autocast_dtype(device.type))
+        for _ in range(8):
+            synchronise(device)
+            began = time.perf_counter()
+            a @ a
+            synchronise(device)
+            best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def flops_per_image(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> float:
+    """Floating point operations of convolutions and matrix products, forward and backward, for one image (C, H, W)."""
+    x, t = torch.zeros(2, *shape, device=device), torch.zeros(2, dtype=torch.long, device=device)
+    # Attention as two plain products: of the fused kernels not every one is counted.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(x, t).square().mean().backward()
+    model.zero_grad()
+    return counter.get_total_flops() / 2
+
+
+def machine(device: torch.device, title: str) -> dict:
+    """What results must have in common to be compared."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {"device": runtime.hardware(device), "machine": f"{cpu}, {os.cpu_count()} cores", "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "data": title, "fast": runtime.is_fast()}  # fmt: skip
