@@ -161,6 +161,11 @@ def put_classifier(folder, dataset, seed=0):
     return model
 
 
+def accuracy(model, image_set) -> float:
+    probabilities = evaluation.class_probabilities(model, evaluation.extract_features(model, image_set.images))
+    return (probabilities.argmax(dim=1) == image_set.labels).double().mean().item()
+
+
 @pytest.mark.parametrize("name", ["fashion_mnist", "mnist"])
 def test_shipped_classifiers_load_are_small_and_have_a_full_card(name):
     model, card = pretrained.load_classifier(name), pretrained.card(pretrained.CLASSIFIER + name)
@@ -211,8 +216,7 @@ def test_without_any_data_set_a_classifier_of_the_digits_is_trained_in_seconds(c
     state = torch.get_rng_state()
     train_set, test_set = data.load_images("digits", say=False), data.load_images("digits", "test", say=False)
     model = pretrained.obtain_classifier(train_set)
-    right = evaluation.class_probabilities(model, test_set.images).argmax(dim=1) == test_set.labels
-    assert right.double().mean() >= 0.9 and not model.training
+    assert accuracy(model, test_set) >= 0.9 and not model.training
     assert "training one now on 1,500 images" in capsys.readouterr().out
     assert torch.equal(torch.get_rng_state(), state), "training a classifier moved the global generator"
 
@@ -223,10 +227,8 @@ def test_make_writes_a_classifier_that_loads(shelf, monkeypatch):
     monkeypatch.setattr(make, "_real_images", lambda dataset: (digits, digits))
     monkeypatch.setitem(make.CLASSIFIERS, "mnist", {"epochs": 3, "shift": 0})
     assert make.make_classifier("mnist").name == "classifier_mnist.json"
-    right = (
-        evaluation.class_probabilities(pretrained.load_classifier("mnist"), digits.images).argmax(1) == digits.labels
-    )
-    assert pretrained.card("classifier_mnist")["test_accuracy"] == round(right.double().mean().item(), 4)
+    model = pretrained.load_classifier("mnist")
+    assert pretrained.card("classifier_mnist")["test_accuracy"] == round(accuracy(model, digits), 4)
 
 
 def test_no_weights_are_made_from_other_images_than_their_name_says(own_folders, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 
 from .. import data, runtime, training
 from ..config import TrainConfig
-from ..evaluation import class_probabilities, train_classifier
+from ..evaluation import class_probabilities, extract_features, train_classifier
 from ..unet import UNet
 from . import CLASSIFIER, FOLDER
 
@@ -69,7 +69,7 @@ def make_classifier(dataset: str) -> Path:
     start = time.perf_counter()
     model = train_classifier(train_set.images, train_set.labels, len(train_set.classes), **recipe, device=device)
     minutes = (time.perf_counter() - start) / 60
-    right = class_probabilities(model, test_set.images).argmax(dim=1) == test_set.labels
+    right = class_probabilities(model, extract_features(model, test_set.images)).argmax(dim=1) == test_set.labels
     torch.save(model.state_dict(), FOLDER / f"{CLASSIFIER}{dataset}.pt")
     return _write_card(CLASSIFIER + dataset, device, {
         "recipe": recipe,
