@@ -1,107 +1,47 @@
-"""The command line: `python -m ddpm_utils doctor` says what is installed, what runs here, and what to do about the rest."""
+"""The command line: `python -m ddpm_utils train | sample | evaluate | doctor`."""
 
-import argparse
-import importlib.metadata
-import platform
+import importlib
 import sys
+import warnings
 
-from packaging.requirements import Requirement
-
-from . import runtime
-
-# What a lesson imports. Kept equal to requirements.txt by a test; JupyterLab is left to those who open lessons with it.
-FLOORS = (
-    "torch>=2.11",
-    "torchvision>=0.26",
-    "numpy>=2.1",
-    "matplotlib>=3.10",
-    "einops>=0.8.2",
-    "imageio>=2.37",
-    "scikit-learn>=1.6",
-    "ipywidgets>=7.7.1",
-)
-
-
-def check_packages() -> list[str]:
-    """Print each package with its floor; return what is wrong."""
-    problems = []
-    for requirement in map(Requirement, FLOORS):
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            version = None
-        ok = version is not None and requirement.specifier.contains(version, prereleases=True)
-        print(f"  {'ok ' if ok else 'BAD'} {requirement.name:14}{version or 'missing':20}needs {requirement.specifier}")
-        if not ok:
-            problems.append(f"{requirement.name} is {version or 'missing'}: pip install '{requirement}'")
-    return problems
-
-
-def check_pair() -> list[str]:
-    """What is wrong between torch and torchvision, which must come from one index as a pair."""
-    cure = "install both from one index: pip install --upgrade --force-reinstall torch torchvision"
-    try:
-        torch_version = importlib.metadata.version("torch")
-        needed = [Requirement(text) for text in importlib.metadata.requires("torchvision") or []]
-    except importlib.metadata.PackageNotFoundError:
-        return []  # missing packages have been named already
-    for requirement in needed:
-        if requirement.name == "torch" and not requirement.specifier.contains(torch_version, prereleases=True):
-            vision = importlib.metadata.version("torchvision")
-            return [f"torchvision {vision} wants {requirement}, but torch is {torch_version}: {cure}"]
-    try:
-        import torchvision  # noqa: F401 — a pair of two builds fails here, with "operator torchvision::nms does not exist"
-    except Exception as error:
-        return [f"torchvision cannot be imported beside torch {torch_version} ({error}): {cure}"]
-    return []
-
-
-def check_data() -> list[str]:
-    """Print which data sets lie ready; a missing one is no problem, a damaged one is."""
-    from . import data
-
-    problems = []
-    for dataset in ("fashion_mnist", "mnist"):
-        found = "neither on disk: a lesson downloads it, or falls back to scikit-learn's digits"
-        for folder, name in ((runtime.data_dir_override(), "DDPM_DATA_DIR"), (runtime.data_dir(), "data/")):
-            damaged = data.damaged_files(dataset, folder) if folder else None
-            if damaged:
-                problems.append(f"{', '.join(damaged)} of {data.TITLES[dataset]} in {name} is damaged: delete it")
-            if damaged is not None:
-                found = f"in {name}" + (", DAMAGED" if damaged else "")
-                break
-        print(f"      {data.TITLES[dataset]:14}{found}")
-    return problems
-
-
-def doctor() -> int:
-    """Print the report; 0 if every lesson can run here, else 1."""
-    print(f"Python {platform.python_version()} on {platform.system()}")
-    problems = [] if sys.version_info >= (3, 11) else [f"Python {platform.python_version()} is too old: 3.11 is needed"]
-    print("packages")
-    problems += check_packages() + check_pair()
-    try:
-        device = runtime.pick_device()
-        print(f"device\n      {runtime.hardware(device)}" + (", fast mode is on" if runtime.is_fast() else ""))
-        print("data")
-        problems += check_data()
-        from . import pretrained
-
-        print(f"weights\n      {', '.join(pretrained.names()) or 'none'}")
-    except Exception as error:
-        problems.append(f"{type(error).__name__}: {error}")
-    print("\n".join(["", "To mend:", *(f"  {problem}" for problem in problems)]) if problems else "\nAll is well.")
-    return 1 if problems else 0
+from .cli import flags
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Read the command line and run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ddpm_utils", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="say what is installed, what runs here, and what to do about the rest")
-    parser.parse_args(arguments)
-    return doctor()
+    """Run the command that `arguments` (or `sys.argv`) name; returns the exit status.
+
+    0: done. 1: `doctor` found something to mend. 2: bad input or a failed run, told in one line on stderr. 130: stopped.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _run(arguments)
+
+
+def _show_warning(message, *place) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        options = flags.parse(arguments)
+        return importlib.import_module(f".cli.{options.command}", __package__).run(options)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not is_plain(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def is_plain(error: Exception) -> bool:
+    """True if the message says all that a user needs; a mistake of the program's own deserves its traceback."""
+    ours = type(error).__module__.startswith(__package__ + ".")
+    return ours or isinstance(error, ValueError | OSError) or type(error).__name__ == "OutOfMemoryError"
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that knows no "…" shall not stop a run
     sys.exit(main())

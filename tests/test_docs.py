@@ -6,7 +6,7 @@ import yaml
 from lesson_files import ROOT, lesson_names, read_lesson, tool
 from packaging.requirements import Requirement
 
-from ddpm_utils.__main__ import FLOORS
+from ddpm_utils.cli.doctor import FLOORS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -1,11 +1,16 @@
 """`python -m ddpm_utils doctor` finds what is wrong and says what to do."""
 
 import importlib.metadata
+import os
+import subprocess
+import sys
 
 import pytest
+from lesson_files import ROOT
 
 from ddpm_utils import __main__ as command
 from ddpm_utils import data
+from ddpm_utils.cli import doctor
 
 
 @pytest.fixture
@@ -41,7 +46,7 @@ def test_a_missing_or_old_package_is_named_with_its_cure(own_folders, versions, 
 def test_a_torchvision_made_for_another_torch_is_named_with_its_cure(versions, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["numpy", "torch==2.3.0"])
     versions({"torch": "2.11.0", "torchvision": "0.18.0"})
-    (problem,) = command.check_pair()
+    (problem,) = doctor.check_pair()
     assert "torchvision 0.18.0 wants torch==2.3.0" in problem and "--force-reinstall torch torchvision" in problem
 
 
@@ -55,7 +60,14 @@ def test_a_damaged_data_file_is_named(own_folders, capsys):
     assert "train-images-idx3-ubyte.gz" in capsys.readouterr().out
 
 
-def test_an_unknown_command_exits_with_a_usage_line(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        command.main(["docto"])
-    assert stopped.value.code == 2 and "doctor" in capsys.readouterr().err
+def test_it_works_without_torch(tmp_path):
+    """Where torch is missing, the doctor is what says so: in a process that cannot import it."""
+    code = "import sys; sys.modules['torch'] = None; from ddpm_utils.__main__ import main; sys.exit(main(['doctor']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "torch" in done.stdout and "To mend:" in done.stdout and done.stderr == ""

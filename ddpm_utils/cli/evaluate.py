@@ -1,0 +1,50 @@
+"""`evaluate`: the ruler's table for trained weights. The result goes to stdout; whatever else is said goes to stderr."""
+
+import argparse
+import contextlib
+import json
+import sys
+
+import torch
+from torch import Tensor
+
+from .. import data, evaluation, pretrained, runtime
+from ..data import to_image_range
+from . import drawing
+from .progress import Progress
+
+
+def run(options: argparse.Namespace) -> int:
+    """Draw, measure, print. Raises FileNotFoundError if the data set is not to be had, ValueError on an n it cannot give."""
+    with contextlib.redirect_stdout(sys.stderr):
+        device = runtime.pick_device(options.device)
+        model, cfg = drawing.load_weights(options.weights, device)
+        how = drawing.plan(cfg, options.n, options.sampler, options.steps, options.seed)
+        train_set = data.load_images(cfg.dataset, image_size=cfg.image_size)
+        test_set = data.load_images(cfg.dataset, "test", image_size=cfg.image_size, say=False)
+        if train_set.title != data.TITLES[cfg.dataset]:
+            title = data.TITLES[cfg.dataset]
+            raise FileNotFoundError(f"these weights draw {title}, which is neither on disk nor to be downloaded")
+        most = min(len(train_set), len(test_set))
+        if not 20 <= how.n <= most:
+            raise ValueError(f"n={how.n} is outside 20 … {most}: the floor needs as many images of the test set")
+        classifier = pretrained.obtain_classifier(train_set, device)
+        x, _ = drawing.draw(model, cfg, how, device)
+        reference, held_out = (features_of(classifier, part.images) for part in (train_set, test_set))
+        report = evaluation.compare(classifier, to_image_range(x), reference, held_out, how.seed)
+    if options.json:
+        about = {"weights": options.weights, "sampler": how.sampler, "steps": how.steps, "seed": how.seed}
+        print(json.dumps({**about, **report.to_dict(), "config": cfg.to_dict()}, indent=2))
+    else:
+        print(f"{options.weights}: {how}\n{report}")
+    return 0
+
+
+def features_of(classifier: evaluation.Classifier, images: Tensor) -> Tensor:
+    """`evaluation.extract_features`, with a progress line: the 60,000 of a training set take a CPU a minute."""
+    progress, parts = Progress("read", len(images)), []
+    for part in images.split(2000):
+        parts.append(evaluation.extract_features(classifier, part))
+        progress.update(sum(map(len, parts)))
+    progress.close()
+    return torch.cat(parts)

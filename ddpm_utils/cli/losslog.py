@@ -1,0 +1,48 @@
+"""`loss.csv`: a row a step, appended as the run goes, cut back to the checkpoint when it is resumed."""
+
+import os
+import warnings
+from pathlib import Path
+
+COLUMNS = ("step", "loss", "lr", "images_per_second", "held_out")
+
+
+class LossLog:
+    """Appends rows to the file at `path`, of which those up to `step` are kept: no step twice, no torn row.
+
+    A row that cannot be written, since the disk is full, is a warning; it is kept and tried again with the next. A process
+    that is killed between a checkpoint and its row leaves that row out.
+    """
+
+    def __init__(self, path: Path, step: int = 0):
+        self.path, self.waiting = path, []
+        kept = [row for row in whole_rows(path) if int(row.split(",")[0]) <= step]
+        content = "".join([",".join(COLUMNS) + "\n", *kept]).encode()
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+        self.size = len(content)  # of what is known to be whole
+
+    def add(self, records) -> None:
+        """Write a row for each StepRecord. Nine digits bring a float32 back to its last bit."""
+        for r in records:
+            held_out = "" if r.held_out is None else f"{r.held_out:.9g}"
+            self.waiting.append(f"{r.step},{r.loss:.9g},{r.lr:.6g},{r.images_per_second:.1f},{held_out}\n")
+        content = "".join(self.waiting).encode()
+        try:
+            with open(self.path, "r+b") as file:
+                file.truncate(self.size)  # a write that failed may have left half a row
+                file.seek(self.size)
+                file.write(content)
+        except OSError as error:
+            message = f"{self.path.name} was not written ({error.strerror}); its rows wait"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            return
+        self.size += len(content)
+        self.waiting.clear()
+
+
+def whole_rows(path: Path) -> list[str]:
+    """The rows of the file at `path`, line ends and all; none if there is no file. What a kill has torn is left out."""
+    lines = path.read_text().splitlines(keepends=True)[1:] if path.is_file() else []
+    return [line for line in lines if line.endswith("\n") and line.count(",") == len(COLUMNS) - 1 and line[0].isdigit()]

@@ -1,0 +1,232 @@
+"""`train`: a run in a folder of its own, from its first step or from where it was stopped, in one process or under torchrun."""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import imageio.v3 as iio
+import torch
+import torch.distributed as dist
+
+from .. import config, data, distributed, plots, pretrained, runtime, training
+from ..config import TrainConfig
+from . import drawing, flags
+from .losslog import LossLog
+from .progress import Progress, clock
+
+HELD_OUT = 512  # test images on which the loss is measured
+SAMPLES = 64  # pictures in samples.png
+SMALL_SET = {"digits": {"epochs": 60.0}}  # 1,500 images: more passes make as many steps
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train, and fill the run's folder. Returns 0, or 130 if the run was stopped; raises on bad input and failed runs."""
+    writer = summary_writer() if options.tensorboard else None
+    with distributed.group(options.device) as device, contextlib.ExitStack() as stack:
+        if distributed.rank() > 0:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # once is enough
+        cfg, folder, train_set, test_set = prepare(options, device)
+        state = begin(cfg, folder, train_set, device, options.resume)
+        labels = train_set.labels if cfg.num_classes else None
+        run_loop(state, folder, train_set.images, test_set.images[:HELD_OUT], labels, writer)
+        if state.stopped:
+            print(f"stopped at step {state.step:,}; --resume --out {folder} goes on exactly", file=sys.stderr)
+            return 130
+        if distributed.rank() == 0:
+            how = drawing.plan(cfg, SAMPLES, seed=cfg.seed)
+            x, _ = drawing.draw(state.ema.model, cfg, how, device)
+            iio.imwrite(folder / "samples.png", plots.tile(x))
+        print(f"wrote config.json, last.pt, best.pt, loss.csv and samples.png to {folder}")
+    return 0
+
+
+def prepare(options: argparse.Namespace, device) -> tuple[TrainConfig, Path, data.ImageSet, data.ImageSet]:
+    """Config, folder, training and test images of the run that the flags ask for. Writes nothing.
+
+    Flags go before presets, and a resumed run's own config before all: a flag that contradicts it is refused.
+    """
+    chosen, resumed = flags.given(options), options.resume and options.out is not None
+    if options.out is not None and not options.resume:
+        refuse_taken(options.out)
+    if resumed:
+        cfg = saved_config(options.out)
+        refuse_contradictions(cfg, chosen, options.out)
+    else:
+        cfg = planned_config(chosen, TrainConfig(**chosen).dataset, device)
+    train_set, test_set = load(cfg)
+    found = next(name for name, title in data.TITLES.items() if title == train_set.title)
+    if found != cfg.dataset and resumed:
+        title = data.TITLES[cfg.dataset]
+        raise FileNotFoundError(f"{options.out} learns from {title}, which is neither on disk nor to be downloaded")
+    if found != cfg.dataset:
+        cfg = planned_config(chosen, found, device)
+    folder = options.out or runtime.output_dir("runs") / cfg.run_name()
+    if options.resume and not resumed:
+        saved_config(folder)
+    if not options.resume:
+        refuse_taken(folder)
+    classes = len(train_set.classes)
+    if cfg.num_classes not in (0, classes):
+        raise ValueError(
+            f"num_classes={cfg.num_classes}, but {train_set.title} has {classes}: give that, or 0 for none"
+        )
+    return cfg, folder, train_set, test_set
+
+
+def planned_config(chosen: dict, dataset: str, device) -> TrainConfig:
+    """The fields `chosen` on top of what suits device and data set, shrunk in fast mode. Raises ValueError on a bad field."""
+    preset = config.preset_for(torch.device(device).type) | SMALL_SET.get(dataset, {})
+    return config.for_this_run(TrainConfig(**(preset | chosen | {"dataset": dataset})))
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raise ValueError if `folder` holds a run, which a new one would overwrite."""
+    if (folder / "last.pt").exists():
+        raise ValueError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
+
+
+def saved_config(folder: Path) -> TrainConfig:
+    """The config of the run in `folder`, from last.pt, or from config.json if the run had not come so far.
+
+    Raises FileNotFoundError if there is no run, ValueError if a file is damaged or the two differ.
+    """
+    last, written = folder / "last.pt", folder / "config.json"
+    if not last.is_file() and not written.is_file():
+        raise FileNotFoundError(f"no run to resume in {folder}: it has neither last.pt nor config.json")
+    cfg = config.from_dict(training.read_checkpoint(last)["config"]) if last.is_file() else None
+    if not written.is_file():
+        return cfg
+    try:
+        values = json.loads(written.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{written} is no JSON ({error}): write it anew, or delete it if last.pt is there") from error
+    noted = config.from_dict(values)
+    differing = [] if cfg is None else noted.differences(cfg, tuple(cfg.to_dict()))
+    if differing:
+        raise ValueError(
+            f"{written} was changed since last.pt was written ({'; '.join(differing)}): a resumed run keeps its config"
+        )
+    return noted
+
+
+def refuse_contradictions(cfg: TrainConfig, chosen: dict, folder: Path) -> None:
+    """Raise ValueError if a flag asks for another value than the run in `folder` has."""
+    differing = config.for_this_run(cfg.replace(**chosen)).differences(cfg, tuple(chosen))
+    if differing:
+        raise ValueError(
+            f"a resumed run keeps its config; your flags against {folder}: {'; '.join(differing)}. Leave these flags out"
+        )
+
+
+def load(cfg: TrainConfig) -> tuple[data.ImageSet, data.ImageSet]:
+    """Training and test images. On each machine one process goes first, so that no two download into the same folder."""
+    first = not distributed.world() > 1 or dist.get_node_local_rank(0) == 0
+    for turn in (True, False):
+        if first == turn:
+            train_set = data.load_images(cfg.dataset, image_size=cfg.image_size)
+            test_set = data.load_images(cfg.dataset, "test", image_size=cfg.image_size, say=False)
+        distributed.agree()
+    return train_set, test_set
+
+
+def begin(cfg: TrainConfig, folder: Path, train_set: data.ImageSet, device, resume: bool) -> training.TrainState:
+    """The state at the first step or, to resume, at the last checkpoint; config.json is written if network and images fit."""
+    runtime.seed_everything(cfg.seed)
+    state = training.TrainState(cfg, pretrained.build(cfg), device)
+    with torch.no_grad():  # a picture of the wrong size or colour is told before anything is written
+        x = torch.zeros(1, *train_set.images.shape[1:], device=device)
+        y = torch.zeros(1, dtype=torch.long, device=device) if cfg.num_classes else None
+        state.ema.model(x, torch.zeros(1, dtype=torch.long, device=device), y)
+    if resume and (folder / "last.pt").is_file():
+        training.load_checkpoint(folder / "last.pt", state)
+    if distributed.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".config.json.part"
+        temporary.write_text(json.dumps(cfg.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / "config.json")
+    size = sum(weights.numel() for weights in state.model.parameters())
+    where = runtime.hardware(device) + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
+    print(
+        f"train: {cfg.model}, {size:,} parameters, {cfg.steps(len(train_set)):,} steps of {cfg.batch_size} images, {where}"
+    )
+    if state.step:
+        print(f"train: goes on from step {state.step:,}")
+    return state
+
+
+def run_loop(state: training.TrainState, folder: Path, images, held_out, labels, writer=None) -> None:
+    """Train to the end or the stop, logging in process 0. If the last save fails, the state is saved elsewhere and it is said."""
+    chief, first = distributed.rank() == 0, state.step
+    total = state.cfg.steps(len(images))
+    every = math.ceil(total / 10)
+    log = LossLog(folder / "loss.csv", first) if chief else None
+    board = writer(folder / "tensorboard", purge_step=first + 1) if chief and writer else None
+    progress = Progress("train", total, first)
+    often = 1 if state.device.type == "cpu" else training.READ_EVERY  # reading a loss makes a GPU's host wait for it
+    fresh, words = [], ""
+    try:
+        for record in training.train(state, images, held_out, folder, every, labels):
+            if not chief:
+                continue
+            fresh.append(record)
+            if (
+                len(fresh) >= often or record.held_out is not None or (record.step + 1) % every == 0
+            ):  # before a save, too
+                words = f"loss {record.loss:.4f}  {record.images_per_second:,.0f} images/s"
+                write_rows(fresh, log, board)
+            progress.update(record.step, words)
+            if record.held_out is not None:
+                so_far, left = f"{record.step:,}".rjust(len(f"{total:,}")), clock(progress.left(record.step))
+                progress.note(f"step {so_far}/{total:,}  {words}  held-out loss {record.held_out:.4f}  {left} left")
+    except training.NotSaved as error:
+        if state.step == first:
+            raise
+        save_elsewhere(state, folder, error)
+    finally:
+        if chief:
+            write_rows(fresh, log, board)
+            progress.close()
+        if board:
+            board.close()
+
+
+def write_rows(fresh: list[training.StepRecord], log: LossLog, board) -> None:
+    """Log the records in `fresh` and forget them."""
+    log.add(fresh)
+    for r in fresh if board else ():
+        values = {"loss": r.loss, "lr": r.lr, "images_per_second": r.images_per_second, "held_out": r.held_out}
+        for name, value in values.items():
+            if value is not None:
+                board.add_scalar(name, value, r.step)
+    fresh.clear()
+
+
+def save_elsewhere(state: training.TrainState, folder: Path, error: training.NotSaved) -> None:
+    """Raise NotSaved that says where the state is now, which `folder` did not take."""
+    try:
+        path = training.save_checkpoint(Path(tempfile.mkdtemp(prefix="ddpm_run_")) / "last.pt", state)
+    except OSError:
+        raise training.NotSaved(
+            f"neither {folder} nor {tempfile.gettempdir()} takes the run's state at step {state.step}: {error}"
+        ) from error
+    raise training.NotSaved(
+        f"{folder} does not take the run's state at step {state.step} ({error}). It is saved as {path}: "
+        f"copy it to {folder / 'last.pt'}, then --resume goes on exactly"
+    ) from error
+
+
+def summary_writer():
+    """TensorBoard's writer, or ValueError if TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "--tensorboard needs one more package: pip install tensorboard, or leave the flag out"
+        ) from None
+    return SummaryWriter
