@@ -194,9 +194,8 @@ SCENES = {
 
 
 def long_run(folder):
-    """Train until someone interferes. The file `step` says how far process 0 is; `pid-1` who process 1 is."""
+    """Train until someone interferes. The file `step` says how far process 0 is."""
     state = state_of(config(epochs=1e5))
-    (folder / f"pid-{distributed.rank()}").write_text(str(os.getpid()))
     try:
         for record in train(state, IMAGES, None, folder, evaluate_every=5, labels=LABELS):
             if distributed.rank() == 0 and record.step % 5 == 0:
@@ -210,6 +209,7 @@ def main(kind: str, folder: Path) -> None:
     torch.set_num_threads(1)
     with distributed.group("cpu") as device:
         assert device.type == "cpu" and distributed.world() == 2
+        (folder / f"pid-{distributed.rank()}").write_text(str(os.getpid()))
         if kind == "long":
             return long_run(folder)
         out = {name: scene(folder) for name, scene in SCENES.items()}
@@ -219,6 +219,22 @@ def main(kind: str, folder: Path) -> None:
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@contextlib.contextmanager
+def two_processes(kind: str, folder: Path):
+    """`main(kind, folder)` under torchrun; all of it is killed in the end, since processes that disagree wait for long."""
+    job = subprocess.Popen(
+        [*TORCHRUN, kind, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    try:
+        yield job
+    finally:
+        job.kill()
+        for name in ("pid-0", "pid-1"):
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int((folder / name).read_text()), getattr(signal, "SIGKILL", signal.SIGTERM))
+        job.wait()
 
 
 # What one process sees of it
@@ -244,8 +260,9 @@ def one(tmp_path_factory):
 def two(one):
     """What process 0 and process 1 saw."""
     folder = one["folder"]
-    done = subprocess.run([*TORCHRUN, "scenes", str(folder)], capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
+    with two_processes("scenes", folder) as job:
+        _, said = job.communicate(timeout=300)
+    assert job.returncode == 0, said
     return [torch.load(folder / f"seen-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -352,22 +369,13 @@ def test_without_torchrun_there_is_one_process():
 
 @contextlib.contextmanager
 def interfered(folder: Path):
-    """A long run of two processes, from its tenth step on; killed in the end whatever happens."""
-    job = subprocess.Popen(
-        [*TORCHRUN, "long", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
-    try:
-        until = time.monotonic() + 60
+    """A long run of two processes, from its tenth step on."""
+    with two_processes("long", folder) as job:
+        until = time.monotonic() + 200
         while not (folder / "step").is_file() or (folder / "step").read_text() in ("", "5"):
             assert job.poll() is None and time.monotonic() < until, job.communicate(timeout=5)
             time.sleep(0.05)
         yield job
-    finally:
-        for name in ("pid-0", "pid-1"):
-            with contextlib.suppress(OSError, ValueError):
-                os.kill(int((folder / name).read_text()), signal.SIGKILL)
-        job.kill()
-        job.wait()
 
 
 def resumes(folder: Path) -> int:
@@ -383,7 +391,7 @@ def resumes(folder: Path) -> int:
 def test_a_killed_worker_ends_the_run_with_a_clear_line_and_a_whole_checkpoint(tmp_path, victim):
     with interfered(tmp_path) as job:
         os.kill(int((tmp_path / f"pid-{victim}").read_text()), signal.SIGKILL)
-        _, said = job.communicate(timeout=60)
+        _, said = job.communicate(timeout=200)
     assert job.returncode != 0
     line = next(line for line in said.splitlines() if line.startswith("WorkerLost: "))
     assert "another process died at step" in line and "the last good checkpoint is" in line and "last.pt" in line
@@ -396,7 +404,7 @@ def test_a_killed_worker_ends_the_run_with_a_clear_line_and_a_whole_checkpoint(t
 def test_a_signal_to_torchrun_stops_all_at_one_step_and_saves_it(tmp_path, signum):
     with interfered(tmp_path) as job:
         job.send_signal(signum)
-        job.communicate(timeout=60)
+        job.communicate(timeout=200)
     left = [(tmp_path / f"left-{rank}").read_text().split() for rank in (0, 1)]
     assert left[0] == left[1] and left[0][1] == "True" and resumes(tmp_path) == int(left[0][0])
 

@@ -386,7 +386,8 @@ class Waits(torch.utils._python_dispatch.TorchDispatchMode):
 def test_losses_are_read_as_rarely_as_the_device_wants(fresh, monkeypatch, every):
     monkeypatch.setattr(diffusion, "check_timesteps", lambda *_: None)  # it reads on the CPU alone
     state, plain, looks, waits, records = fresh(epochs=3), fresh(epochs=3), [], [], []
-    assert state.read_every == 1
+    other = TrainState(state.cfg, UNet(**state.cfg.network()), "meta")
+    assert (state.read_every, other.read_every) == (1, training.READ_EVERY)
     state.read_every = every
     read = training._read
     monkeypatch.setattr(training, "_read", lambda *a: (looks.append(state.step + 1), read(*a)))
