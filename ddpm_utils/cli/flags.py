@@ -16,12 +16,12 @@ EXAMPLES = {
     "train": f"""examples:
   {PROGRAM} train                                 the default
   {PROGRAM} train --dataset mnist --out my_run    another data set
-  {PROGRAM} train --out my_run --resume           goes on where it was stopped
-  {PROGRAM} train --schedule linear --target eps  the paper's setting""",
+  {PROGRAM} train --out my_run --resume           goes on exactly
+  {PROGRAM} train --schedule linear --target eps  the paper's way""",
     "sample": f"""examples:
-  {PROGRAM} sample                                shipped weights, 64 garments
-  {PROGRAM} sample --weights my_run --n 16        a run of your own
-  {PROGRAM} sample --weights mnist --sampler ddpm DDPM's Algorithm 2""",
+  {PROGRAM} sample                                 shipped weights
+  {PROGRAM} sample --weights my_run --n 16         a run of your own
+  {PROGRAM} sample --weights mnist --sampler ddpm  as in the paper""",
     "evaluate": f"""examples:
   {PROGRAM} evaluate                              shipped weights
   {PROGRAM} evaluate --weights my_run --n 10000   a finer ruler
@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
     def refuse(self, words: list[str]) -> None:
         """Raise ValueError if `words`, which no flag has claimed, hold anything."""
         if words:
-            near = difflib.get_close_matches(words[0].split("=")[0], self._option_string_actions, n=1)
+            near = difflib.get_close_matches(words[0].split("=")[0], self._option_string_actions, n=1, cutoff=0.75)
             self.error(f"unknown: {' '.join(words)}" + "".join(f" (did you mean {flag}?)" for flag in near))
 
 
