@@ -92,8 +92,7 @@ class Bench:
                     f"{row['threads']} threads, torch {row['torch']}, {row['data']}): name another file with --out"
                 )
         self.images = train_set.images.to(device)
-        self.ruler = Ruler(train_set, test_set, device)
-        self.floors = {m: self.ruler.floor(m) for m in {n, own_n(n)}}
+        self.sets = train_set, test_set
         self.live: dict[tuple, Training] = {}
 
     def run(self) -> None:
@@ -103,6 +102,9 @@ class Bench:
             waiting = [entry for entry in entries if self.missing(*entry, mark)]
             if not waiting:
                 continue
+            if not hasattr(self, "ruler"):  # costs a minute, and nothing where all is done
+                self.ruler = Ruler(*self.sets, self.device)
+                self.floors = {n: self.ruler.floor(n) for n in (self.n, own_n(self.n))}
             print(f"{minutes(mark)} min: {len(waiting)} trainings in turns", flush=True)
             peak = matrix_peak(self.device)
             while waiting:

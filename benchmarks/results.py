@@ -35,14 +35,24 @@ def append(out: Path, row: dict) -> None:
         os.fsync(file.fileno())
 
 
+def current(rows: list[dict]) -> list[dict]:
+    """The results of each contestant's latest recipe, and of those that stand twice the later one."""
+    recipe = {row["contestant"]: row["settings"] for row in rows}
+    places = ("contestant", "mark", "seed", "n", "sampler")
+    latest = {
+        tuple(row[place] for place in places): row for row in rows if row["settings"] == recipe[row["contestant"]]
+    }
+    return list(latest.values())
+
+
 def summary(rows: list[dict], n: int, sampler: str) -> dict[str, dict[float, list[dict]]]:
-    """{contestant: {mark: its rows, one a seed}} at one n; of rows that stand twice the later one counts."""
-    latest = {(r["contestant"], r["mark"], r["seed"]): r for r in rows if (r["n"], r["sampler"]) == (n, sampler)}
-    found = {}
-    for name in dict.fromkeys(name for name, _, _ in latest):
-        marks = sorted({mark for other, mark, _ in latest if other == name})
-        found[name] = {m: [r for (o, k, _), r in sorted(latest.items()) if (o, k) == (name, m)] for m in marks}
-    return found
+    """{contestant: {mark: its rows, one a seed}} at one n."""
+    found: dict = {}
+    for row in sorted(rows, key=lambda row: (row["mark"], row["seed"])):
+        if (row["n"], row["sampler"]) == (n, sampler):
+            found.setdefault(row["contestant"], {}).setdefault(row["mark"], []).append(row)
+    order = [row["contestant"] for row in rows]
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
 
 
 def median(rows: list[dict]) -> float | None:
@@ -78,22 +88,23 @@ def table(found: dict, peak: float) -> list[str]:
 
 
 def comparison(found: dict) -> list[str]:
-    """Ours against the others in words, at the marks that both have."""
+    """Ours against the others in words, at the marks that both have, and when ours reaches what the sketch ends with."""
     lines = []
     ours = {mark: median(rows) for mark, rows in found.get("ours", {}).items()}
     for name in found:
         theirs = {mark: median(rows) for mark, rows in found[name].items()}
-        both = [m for m in ours if theirs.get(m) and ours[m] is not None]
+        both = [m for m in ours if None not in (ours[m], theirs.get(m))]
         if name == "ours" or not both:
             continue
         shares = ", ".join(f"{ours[m] / theirs[m]:.2f} at {minutes(m)} min" for m in both)
-        lines.append(f"- ours as a share of the distance of `{name}`: {shares}.")
-        for m, value in theirs.items():
-            reached = next((mark for mark, own in ours.items() if own is not None and value and own <= value), None)
-            if name == "sketch" and reached:
-                lines.append(
-                    f"- what `{name}` has after {minutes(m)} min ({value:.1f}), ours has by the mark of {minutes(reached)} min."
-                )
+        lines.append(f"- ours, as a share of the distance of {name}: {shares}")
+    for mark, rows in found.get("sketch", {}).items():
+        value = median(rows)
+        reached = [m for m in ours if None not in (ours[m], value) and ours[m] <= value]
+        if reached:
+            lines.append(
+                f"- the sketch's {value:.1f} of {minutes(mark)} min: ours is there at {minutes(min(reached))} min"
+            )
     return lines
 
 
@@ -111,6 +122,9 @@ def draw_plot(found: dict, path: Path) -> None:
     ax.set(xscale="log", yscale="log", xlabel="minutes of training", ylabel="Fréchet distance / floor")
     marks = sorted({mark for by_mark in found.values() for mark in by_mark})
     ax.set_xticks([mark / 60 for mark in marks], [minutes(mark) for mark in marks], minor=False)
+    top = max(p[1] for line in ax.lines for p in line.get_xydata()) if ax.lines else 1
+    heights = [h for h in (1, 2, 5, 10, 20, 50, 100, 200, 500) if h <= top]
+    ax.set_yticks(heights, [str(h) for h in heights])
     ax.minorticks_off()
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     fig.savefig(path)
@@ -140,7 +154,7 @@ COLUMNS = ("contestant", "mark", "seed", "sampler", "n", "distance", "floor", "s
 
 def report(out: Path) -> str:
     """Table (returned, and `.md`), `.csv` and `.png` beside the results in `out`. Raises FileNotFoundError if there are none."""
-    rows = read_rows(out)
+    rows = current(read_rows(out))
     if not rows:
         raise FileNotFoundError(f"no results in {runtime.short_path(out)}: run `python -m benchmarks.recipes` first")
     with open(out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
