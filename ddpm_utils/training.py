@@ -181,17 +181,13 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
     with _stop_between_steps(state), distributed.lost_worker(lambda: _lost(state, folder)):
         distributed.agree(step=state.step, config=cfg.run_name(), images=tuple(images.shape))
         model = distributed.replicate(state.model, state.ema.model)
-        first, busy, speed = (
-            state.step,
-            0.0,
-            0.0,
-        )  # seconds spent in steps; what the caller does in between does not count
-        unread, leave = [], False
+        first, unread, leave = state.step, {}, False
+        busy = speed = 0.0  # seconds spent in steps, without what the caller does in between; images a second
         while state.step < total and not leave:
             began = time.perf_counter()
             lr = learning_rate(state.step, total, cfg)
             loss, stop = distributed.gather(_one_step(state, model, images, labels, lr), state.stopped)
-            unread.append(loss)
+            unread[state.step] = loss
             done = state.step + 1
             point = done % every == 0 or done == total
             look = point or (done - first - 1) % state.read_every == 0
@@ -206,6 +202,8 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
             measured = _measure_and_save(state, held_out, folder) if point else None
             yield StepRecord(state.step, total, loss, lr, speed, measured)
             leave = leave or (state.stopped and distributed.world() == 1)
+        if unread:  # stopped between two looks
+            _read(state, unread, folder)
         state.stopped = state.stopped or leave
         if leave and folder is not None:  # the stop may have come in a step, or while the caller was drawing
             _measure_and_save(state, None, folder)
@@ -233,10 +231,9 @@ def _one_step(state: TrainState, model: nn.Module, images: Tensor, labels: Tenso
     return train_step(model, state.optimizer, state.schedule, x0, t, eps, cfg.target, cfg.grad_clip, y)
 
 
-def _read(state: TrainState, unread: list[Tensor], folder: Path | str | None) -> None:
-    """Look at the losses of the latest steps, oldest first, and forget them. Raises TrainingDiverged."""
-    first = state.step + 1 - len(unread)
-    for number, loss in enumerate(torch.stack(unread).tolist(), first):
+def _read(state: TrainState, unread: dict[int, Tensor], folder: Path | str | None) -> None:
+    """Look at the losses of the latest steps, by number, and forget them. Raises TrainingDiverged."""
+    for number, loss in zip(unread, torch.stack([*unread.values()]).tolist(), strict=True):
         if not loss < EXPLODED:  # which NaN is not either
             raise TrainingDiverged(_divergence(state, loss, number, folder))
     unread.clear()

@@ -412,6 +412,16 @@ def test_a_loss_that_is_read_late_is_found_at_its_own_step_and_never_saved(fresh
         assert training.read_checkpoint(tmp_path / "last.pt")["step"] == 5
 
 
+def test_a_stop_reads_what_was_not_read_before_it_saves(fresh, tmp_path):
+    state = fresh(epochs=4)
+    state.read_every = 100
+    at_forward(state.model, 7, lambda module, out: out + 1e3)
+    with pytest.raises(TrainingDiverged, match="at step 7 "):
+        for record in train(state, IMAGES, folder=tmp_path, evaluate_every=5):
+            state.stopped = record.step == 9
+    assert training.read_checkpoint(tmp_path / "last.pt")["step"] == 5
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_the_loop_never_waits_for_the_gpu(tiny, net):
     cfg = tiny(epochs=1)
