@@ -631,15 +631,18 @@ def test_help_does_not_wait_for_torch():
     assert done.returncode == 0 and "--batch-size" in done.stdout, done.stderr
 
 
-def test_every_command_in_the_readme_is_understood():
-    lines = re.findall(
-        r"^(?:torchrun.* -m|(?:\.venv/bin/)?python -m) ddpm_utils (.*)$", (ROOT / "README.md").read_text("utf-8"), re.M
-    )
-    lines = [re.split(r"  #|  |>", line)[0].split() for line in lines]
-    assert {line[0] for line in lines} >= {"train", "sample", "evaluate", "doctor"}
+def test_every_command_of_readme_and_help_is_understood(monkeypatch, capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^(?!\$)[^|`\n]*-m ddpm_utils (.*)$", readme.replace("\\\n", " "), re.MULTILINE)
+    lines = [line.split("  #")[0].split() for line in lines]
+    assert {line[0] for line in lines} == {"train", "sample", "evaluate", "doctor"} and len(lines) >= 9
     for line in [*lines, *(example.split()[3:] for text in flags.EXAMPLES.values() for example in _examples(text))]:
-        chosen = flags.parse(line)
-        TrainConfig(**flags.given(chosen))
+        TrainConfig(**flags.given(flags.parse(line)))
+    monkeypatch.setenv("COLUMNS", "90")
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    (excerpt,) = re.findall(r"^\$ python -m ddpm_utils --help\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert excerpt in capsys.readouterr().out
 
 
 def _examples(text: str) -> list[str]:

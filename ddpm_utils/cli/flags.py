@@ -79,8 +79,11 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """The parser of all four commands. Of what it reads, `command` names the chosen one and `parser` holds its parser."""
-    parser = Parser(prog=PROGRAM, description="Train, sample and measure diffusion models from a shell.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
+    parser = Parser(prog=PROGRAM, usage=f"{PROGRAM} command [flags]",
+                    description="Train, sample and measure diffusion models from a shell.")  # fmt: skip
+    commands = parser.add_subparsers(
+        dest="command", required=True, title="commands", metavar="command", parser_class=Parser
+    )
 
     def add(name, note, about="", usage=" [flags]"):
         made = commands.add_parser(
