@@ -12,6 +12,7 @@ COPIES := outputs/test/lessons
 
 help:
 	@echo "make run [LESSON=03]   set up, then run lessons 01-05 (or one) on this machine; results in outputs/"
+	@echo "make run ALL=1         the same for the whole series"
 	@echo "make lab               set up, then open JupyterLab"
 	@echo "make test              set up, then lint, unit tests and every lesson in fast mode"
 	@echo "make test-all          the same and the slow tests"
@@ -35,7 +36,7 @@ $(VENV)/test: $(VENV)/run requirements-test.txt
 	@touch $@
 
 run: $(VENV)/run
-	$(BIN)/python tools/lessons.py run $(LESSON)
+	$(BIN)/python tools/lessons.py run $(LESSON)$(if $(ALL), --all)
 
 lab: $(VENV)/run
 	$(BIN)/jupyter lab notebooks

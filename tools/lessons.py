@@ -1,6 +1,6 @@
 """Execute, render and copy the lessons, and change the repository's address in them.
 
-python tools/lessons.py run [NN …]       executed copies in outputs/lessons/, pictures and GIFs in outputs/
+python tools/lessons.py run [NN …]       lessons 01–05 or those named, executed into outputs/lessons/; --all: the whole series
 python tools/lessons.py render [NN …]    execute at full size into notebooks/ itself
 python tools/lessons.py copy FOLDER      unexecuted copies with every folded solution put in after its exercise
 python tools/lessons.py address URL      put another repository's address into pyproject.toml, README and lessons
@@ -21,6 +21,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 ASSETS = {"from_noise.gif": "lesson_05/first.gif"}  # what README shows, and which picture of a rendered lesson it is
+FIRST = ("01", "02", "03", "04", "05")  # what `run` executes unless told otherwise: a quarter of an hour on two cores
 SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>.*?```python\n(.*?)```", re.DOTALL)
 
 
@@ -168,9 +169,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "render", "copy", "address"])
     parser.add_argument("what", nargs="*", help="lesson numbers, a folder, or an address")
+    parser.add_argument("--all", action="store_true", help="run: the whole series, not lessons 01–05 alone")
     asked = parser.parse_args()
     if asked.command == "run":
-        run(lessons(asked.what), ROOT / "outputs" / "lessons")
+        run(lessons(asked.what or (() if asked.all else FIRST)), ROOT / "outputs" / "lessons")
     elif asked.command == "render":
         run(lessons(asked.what), NOTEBOOKS, alone=True)
         (NOTEBOOKS / "assets").mkdir(exist_ok=True)
