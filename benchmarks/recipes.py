@@ -83,6 +83,10 @@ class Bench:
         self.plan, self.out, self.n, self.device, self.compiled, self.command = plan, out, n, device, compiled, command
         dataset = runtime.shrink("fashion_mnist", "digits")
         train_set, test_set = data.load_images(dataset, "train"), data.load_images(dataset, "test")
+        if train_set.title != data.TITLES[dataset]:
+            raise SystemExit(f"{data.TITLES[dataset]} was not found: nothing is measured on {train_set.title}")
+        if n > len(test_set):
+            raise SystemExit(f"--n {n}: the floor needs as many test images, and there are {len(test_set)}")
         self.same = machine(device, train_set.title)
         self.rows = read_rows(out)
         for row in self.rows:
@@ -207,7 +211,12 @@ def choose(names: list[str] | None, marks: list[float] | None, seeds: list[int] 
     chosen = {}
     for name in names or PLAN:
         usual = PLAN[name] if not runtime.is_fast() else {mark / 600: s for mark, s in PLAN[name].items()}
-        wanted = usual if marks is None else {60 * mark: usual.get(60 * mark, [0]) for mark in marks}
+        wanted = usual
+        if marks is not None:
+            near = [
+                next((u for u in usual if abs(u / 60 - m) < 0.01 * m), 60 * m) for m in marks
+            ]  # 1.67 is 100 seconds
+            wanted = {mark: usual.get(mark, [0]) for mark in near}
         chosen[name] = {mark: seeds or usual_seeds for mark, usual_seeds in wanted.items()}
     return chosen
 
