@@ -71,7 +71,7 @@ def train_classifier(images: Tensor, labels: Tensor, num_classes: int = 10, epoc
 
 
 @torch.no_grad()
-def extract_features(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
+def extract_features(classifier: Classifier, images: Tensor, batch_size: int = 100) -> Tensor:
     """Features of `images` (N, C, H, W) uint8 in float64, shape (N, 96), on the CPU. ValueError on images of another kind."""
     device = next(classifier.parameters()).device
     parts = check_images(images).split(batch_size)
@@ -305,10 +305,13 @@ def nearest_neighbours(queries: Tensor, points: Tensor, k: int = 1, chunk: int =
                          f"expected equal shapes and k in 1 … {len(points)}, the number of points")  # fmt: skip
     points, found = points.flatten(1), []
     for part in queries.flatten(1).split(256):
-        near, index = torch.empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.long)
+        near, index = (
+            part.new_empty((len(part), 0), dtype=torch.float32),
+            part.new_empty((len(part), 0), dtype=torch.long),
+        )
         for start in range(0, len(points), chunk):
             distances = torch.cdist(part.float(), points[start : start + chunk].float())
-            numbers = torch.arange(start, start + distances.shape[1]).expand_as(distances)
+            numbers = torch.arange(start, start + distances.shape[1], device=part.device).expand_as(distances)
             near, order = torch.cat([near, distances], dim=1).topk(min(k, start + chunk, len(points)), largest=False)
             index = torch.cat([index, numbers], dim=1).gather(1, order)
         exact, order = (points[index].double() - part.double()[:, None]).norm(dim=2).sort(dim=1, stable=True)
