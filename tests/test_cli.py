@@ -22,7 +22,7 @@ from test_config import OTHER
 from test_training import same
 
 from ddpm_utils import __main__ as command
-from ddpm_utils import config, data, distributed, evaluation, pretrained, runtime, training
+from ddpm_utils import config, data, distributed, evaluation, plots, pretrained, runtime, training
 from ddpm_utils.cli import drawing, flags, losslog, progress
 from ddpm_utils.cli import sample as sample_command
 from ddpm_utils.cli import train as train_command
@@ -113,7 +113,10 @@ def test_the_losses_are_a_row_a_step_and_lossless(whole, tmp_path):
     records = list(training.train(state, images.images, held_out.images[:512]))
     for row, record in zip(table, records, strict=True):
         assert torch.tensor(float(row["loss"])) == record.loss_tensor  # to the last bit of a float32
+        assert not row["held_out"] or float(row["held_out"]) == pytest.approx(record.held_out, rel=1e-8)
     assert same(state.ema.model.state_dict(), checkpoint(whole)["ema"])
+    x, _ = drawing.draw(state.ema.model, cfg, drawing.Plan(64, "ddim", 50, cfg.seed), "cpu")
+    assert (iio.imread(whole / "samples.png") == plots.tile(x)).all()
 
 
 @pytest.mark.parametrize("stop", [1, 7, 8, STEPS - 1])
@@ -389,7 +392,7 @@ def test_sample_writes_grid_strip_and_gif(whole, tmp_path, capsys):
 
 
 def test_the_grid_is_what_the_package_draws(whole, tmp_path):
-    from ddpm_utils import plots, sampling
+    from ddpm_utils import sampling
     from ddpm_utils.schedules import make_schedule
 
     assert command.main(["sample", "--weights", str(whole), "--n", "1", "--seed", "3", "--out", str(tmp_path)]) == 0

@@ -31,8 +31,7 @@ class LossLog:
         content = "".join(self.waiting).encode()
         try:
             with open(self.path, "r+b") as file:
-                file.truncate(self.size)  # a write that failed may have left half a row
-                file.seek(self.size)
+                file.seek(self.size)  # over what a write that failed has left: it began with the same rows
                 file.write(content)
         except OSError as error:
             message = f"{self.path.name} was not written ({error.strerror}); its rows wait"
