@@ -565,8 +565,9 @@ def test_the_bound_lies_above_the_true_code_length_and_comes_down_to_it_as_steps
     assert 0.15 > gaps[2] > 0 and gaps[1] > 1.3 * gaps[2] and gaps[0] > 1.3 * gaps[1], gaps
 
 
-@pytest.mark.parametrize("target", ["eps", "x0", "v"])
-@pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
+@pytest.mark.parametrize(
+    ("target", "variance"), [("eps", "beta_tilde"), ("x0", "beta_tilde"), ("v", "beta_tilde"), ("eps", "beta")]
+)
 def test_every_term_is_the_closed_form_of_a_perfect_denoiser(target, variance):
     """E KL = ½(ln(s/β̃) + β̃/s − 1 + c²·E|x0 − x0_hat|²/s), with c the posterior's weight of x0 and s the chosen variance."""
     schedule = make_schedule("linear", 50, 20)
