@@ -97,14 +97,12 @@ def test_rate_average_and_batch_of_the_sketch():
     found = [made.rate(p) for p in (0.1, 0.5, 0.75, 1.0)]
     assert found == pytest.approx([2e-3, 2e-3, 2e-3 * 0.51, 2e-3 * 0.02])
     assert (made.batch_size, made.target, made.clip, made.optimizer.defaults["weight_decay"]) == (64, "v", None, 0.0)
-    made.steps, before = 0, weights(made.average)
-    made.step(0.0)
-    expected = 0.1 * before + 0.9 * weights(made.model)  # at update 0, d = 1/10
-    torch.testing.assert_close(weights(made.average), expected)
-    made.steps = 5000
-    before = weights(made.average)
-    made.step(0.5)
-    torch.testing.assert_close(weights(made.average), 0.99 * before + 0.01 * weights(made.model))
+    for n, share in ((0, 0.9), (9, 9 / 19), (5000, 0.01)):  # of the new weights in the average, at update n
+        made.steps = n
+        for p in made.average.parameters():
+            p.zero_()
+        made.step(0.0)
+        torch.testing.assert_close(weights(made.average), share * weights(made.model))
 
 
 # --- the peers
@@ -398,6 +396,22 @@ def test_an_interrupted_run_goes_on_from_its_last_turn(bench, monkeypatch):
     assert one.rows[0]["steps"] > len(Sleeper.log)
 
 
+def test_what_was_left_of_another_mark_is_not_gone_on_with(bench, monkeypatch):
+    """Its learning rate was on the way to another end."""
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sleeper, "is_finite", stop, raising=False)  # looked at after the first turn has been saved
+    with pytest.raises(KeyboardInterrupt):
+        bench({"ours": {0.1: [0]}}).run()
+    monkeypatch.delattr(Sleeper, "is_finite")
+    assert len(list(runtime.checkpoint_dir("benchmarks").rglob("*.pt"))) == 1
+    Sleeper.log.clear()
+    bench({"ours": {0.2: [0]}}).run()
+    assert Sleeper.log[0][1] == 0
+
+
 def test_a_cut_between_two_samplers_repeats_only_the_second(bench, monkeypatch):
     plan, draw = {"article": {0.05: [0]}}, recipes.draw_pictures
 
@@ -494,7 +508,8 @@ def test_every_contestant_meets_the_same_noise_and_shows_its_average(fast):
         made = contestant(name)
         for p in made.model.parameters():
             p.data.fill_(math.nan)  # the raw weights are never asked where there is an average
-        hook = made.network().register_forward_hook(functools.partial(answer_zero, met.setdefault(name, [])))
+        shown = made.model if name == "article" else made.average
+        hook = shown.register_forward_hook(functools.partial(answer_zero, met.setdefault(name, [])))
         found = recipes.draw_pictures(made, 5, own=False, batch=3)
         hook.remove()
         assert found.shape == (5, 1, 28, 28) and found.dtype == torch.uint8
