@@ -9,7 +9,7 @@ DATASETS = ("fashion_mnist", "mnist", "digits")
 SCHEDULES = ("linear", "cosine")
 TARGETS = ("eps", "x0", "v")
 MODELS = ("unet", "article")  # ours, and the members of `gallery`, which is too heavy to be asked here
-OPTIMIZERS = ("adamw", "adam")
+OPTIMIZERS = ("muon", "adamw", "adam")
 DRAWS = ("stratified", "uniform")
 
 # Fields that decide what a set of weights means. Runs that agree on them can share weights.
@@ -50,7 +50,7 @@ class TrainConfig:
     epochs: float = 1.8  # passes over the training images, 1e-6 … 1e5, may be a fraction
     batch_size: int = 32  # images a step, 1 … 4096
     timestep_draw: str = "stratified"  # of each batch: "stratified" (one from each part of 0 … T−1) or "uniform"
-    optimizer: str = "adamw"  # "adamw" or "adam"
+    optimizer: str = "adamw"  # "muon", "adamw" or "adam"
     lr: float = 2e-3  # peak learning rate, 1e-6 … 1e-1
     warmup_steps: int = 100  # steps of linear rise to `lr`, 0 … 1000000
     decay_from: float = 0.3  # share of the run after which the rate falls linearly, 0 … 1; 1: it stays

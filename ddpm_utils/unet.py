@@ -27,6 +27,13 @@ def zero_init(layer: nn.Module) -> nn.Module:
     return layer
 
 
+class GroupNorm32(nn.GroupNorm):
+    """Group normalisation (1803.08494) in float32, whatever comes in: bfloat16 keeps too few digits for a variance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
 class ResBlock(nn.Module):
     """(B, c_in, H, W), (B, time_dim) → (B, c_out, H, W): two convolutions beside a shortcut.
 
@@ -36,10 +43,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, time_dim: int, groups: int = 8, dropout: float = 0.0):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in)
+        self.norm1 = GroupNorm32(groups, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(time_dim, 2 * c_out)
-        self.norm2 = nn.GroupNorm(groups, c_out)
+        self.norm2 = GroupNorm32(groups, c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
@@ -57,13 +64,14 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int = 4, groups: int = 8):
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(groups, channels)
+        self.norm = GroupNorm32(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(self.norm(x)), "b (n heads c) h w -> n b heads (h w) c", n=3, heads=self.heads)
-        h = F.scaled_dot_product_attention(q, k, v)
+        fits = q @ k.mT / q.shape[-1] ** 0.5
+        h = fits.softmax(dim=-1) @ v
         return x + self.out(rearrange(h, "b heads (h w) c -> b (heads c) h w", h=x.shape[2]))
 
 
@@ -131,7 +139,7 @@ class UNet(nn.Module):
         self.shrinks = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
         self.ups = nn.ModuleList(UpLevel(w, blocks, time_dim, groups, dropout) for w in widths)
         self.grows = nn.ModuleList(Upsample(b, a) for a, b in pairs)
-        self.norm = nn.GroupNorm(groups, widths[0])
+        self.norm = GroupNorm32(groups, widths[0])
         self.head = zero_init(nn.Conv2d(widths[0], channels * fold**2, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

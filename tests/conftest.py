@@ -1,6 +1,10 @@
 """Fixtures that more than one file uses."""
 
+import os
+
 import pytest  # and nothing of the package: files that need no network shall not wait for torch
+
+os.environ["DDPM_FLOAT32"] = "1"  # oracles want the digits; what bfloat16 does is tested where it is used
 
 TINY = dict(
     dataset="digits", image_size=8, timesteps=100, widths=(8,), blocks=1, attention_levels=(), time_dim=16, groups=4,

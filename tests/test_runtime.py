@@ -1,6 +1,5 @@
 """Device, seed, fast mode and folders."""
 
-import contextlib
 import random
 from pathlib import Path
 
@@ -62,8 +61,21 @@ def test_seed_everything_repeats_every_source_of_chance():
     assert draw() == draw()
 
 
-def test_autocast_does_nothing_on_the_cpu():
-    assert isinstance(runtime.autocast("cpu"), contextlib.nullcontext)
+@pytest.mark.parametrize("feature", ["avx512_bf16", "amx_bf16", "avx512_f"])
+@pytest.mark.parametrize("variable", [None, "0", "1"])
+def test_autocast_on_a_cpu_follows_its_features_unless_told_otherwise(monkeypatch, feature, variable):
+    monkeypatch.setattr(runtime, "_cpu_features", lambda: {feature: True, "sse": True})
+    monkeypatch.delenv("DDPM_FLOAT32", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("DDPM_FLOAT32", variable)
+    with runtime.autocast("cpu"):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    wanted = feature.endswith("bf16") and variable != "1"
+    assert product.dtype == (torch.bfloat16 if wanted else torch.float32)
+
+
+def test_the_cpu_s_features_can_be_asked_for():
+    assert isinstance(dict(runtime._cpu_features()), dict)
 
 
 @pytest.mark.parametrize("path", ["/", "/data", "/a/b", "/a/b/c/d", "~", "here", "../up"])

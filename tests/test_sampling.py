@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
-from ddpm_utils.diffusion import predict_x0
+from ddpm_utils.diffusion import predict_x0, q_posterior
 from ddpm_utils.oracle import GaussianDenoiser
-from ddpm_utils.sampling import ddpm_sample, eval_mode, keep, last
+from ddpm_utils.sampling import ddim_sample, ddim_step, ddpm_sample, eval_mode, keep, last, spaced_timesteps
 from ddpm_utils.schedules import NoiseSchedule, cosine_betas, linear_betas, make_schedule
 from ddpm_utils.unet import UNet
 
@@ -281,3 +281,71 @@ def test_every_part_gets_its_own_mode_back(outer, inner):
 def test_takes_a_plain_function_for_a_model():
     with eval_mode(lambda x, t, y: x) as model:
         assert model(1, 2, 3) == 1
+
+
+# ---- DDIM
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_ddim_step_agrees_with_diffusers(name, eta):
+    schedule = NoiseSchedule(betas_for(name, 1000))
+    theirs = DDIMScheduler(trained_betas=schedule.betas.numpy(), clip_sample=True, set_alpha_to_one=True)
+    theirs.set_timesteps(50)
+    for t in (980, 500, 20, 0):  # 20 steps apart; the last one lands on the picture
+        x_t, prediction = torch.randn(2, 4, 1, 6, 6, generator=seeded(t))
+        noise = torch.randn(4, 1, 6, 6, generator=seeded(t + 1))
+        at_t, landing = torch.full((4,), t), torch.full((4,), max(t - 20, -1))
+        x0_hat = predict_x0(schedule, x_t, at_t, prediction, "eps").clamp(-1, 1)
+        got = ddim_step(schedule, x_t, at_t, landing, x0_hat, eta, seeded(t + 1))
+        theirs_too = {"eta": eta, "use_clipped_model_output": True, "variance_noise": noise if eta else None}
+        torch.testing.assert_close(got, theirs.step(prediction, t, x_t, **theirs_too).prev_sample, rtol=1e-4, atol=1e-4)
+
+
+def test_ddim_with_all_noise_and_all_steps_is_ddpm():
+    """eta = 1 from t to t − 1: the mean and the variance of the posterior (2010.02502, section 4.1)."""
+    schedule = NoiseSchedule(betas_for("linear", 50))
+    x_t, x0_hat = torch.tensor([0.7, -0.2]).view(2, 1, 1, 1, 1).expand(2, 20_000, 1, 1, 1)
+    for t in (1, 25, 49):
+        at_t = torch.full((20_000,), t)
+        mean, variance = q_posterior(schedule, x0_hat, x_t, at_t)
+        drawn = ddim_step(schedule, x_t, at_t, at_t - 1, x0_hat, 1.0, seeded(t))
+        assert abs(drawn.mean() - mean[0]) < 5 * variance[0].sqrt() / 20_000**0.5
+        assert abs(drawn.var() / variance[0] - 1) < 5 * (2 / 20_000) ** 0.5
+
+
+def test_ddim_of_the_exact_denoiser_comes_closer_with_more_steps():
+    schedule = NoiseSchedule(betas_for("cosine", 1000))
+    model = GaussianDenoiser(schedule, MEAN.float(), COVARIANCE.float(), "v")
+
+    def error(steps):
+        states = ddim_sample(model, schedule, (40_000, 1, 1, 3), steps, "v", clamp=False, generator=seeded())
+        x = last(states).flatten(1).double()
+        return (torch.cov(x.T) - COVARIANCE).norm().item()
+
+    errors = [error(steps) for steps in (5, 20, 80)]
+    assert errors[0] > 2 * errors[1] > 2 * errors[2]
+    assert errors[2] < 0.02  # of a covariance of norm 0.4; its own spread at 40,000 draws is 0.003
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_ddim_calls_the_network_as_often_as_asked(net, tiny, steps):
+    cfg = tiny(timesteps=50)
+    model, schedule, calls = net(cfg).train(), make_schedule(**cfg.noise()), []
+    model.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[1].tolist()))
+    states = list(ddim_sample(model, schedule, (2, 1, 8, 8), steps, "v", generator=seeded()))
+    times = [t for t, _, _ in states]
+    assert calls == [[t, t] for t in times[:-1]] and len(calls) == steps
+    assert times[0] == 49 and times[-1] == -1 and (steps == 1 or times[-2] == 0)
+    assert times == sorted(set(times), reverse=True)
+    assert all(x0_hat.abs().max() <= 1 for _, _, x0_hat in states)
+    assert torch.equal(states[-1][1], states[-2][2])  # the last step lands on the last guess
+    assert model.training
+    again = last(ddim_sample(model, schedule, (2, 1, 8, 8), steps, "v", generator=seeded()))
+    assert torch.equal(again, states[-1][1])
+
+
+@pytest.mark.parametrize("steps", [0, 51, -3])
+def test_ddim_refuses_times_that_the_schedule_has_not(steps):
+    with pytest.raises(ValueError, match=f"steps={steps} is outside 1 … 50"):
+        spaced_timesteps(50, steps)

@@ -19,6 +19,7 @@ BUILT_IN = {
             "fold_pixels",
             "unfold_pixels",
             "zero_init",
+            "GroupNorm32",
             "ResBlock",
             "SelfAttention",
             "DownLevel",

@@ -264,3 +264,23 @@ def test_error_names_a_width_that_works(wrong):
 def test_refuses_an_odd_time_dim_when_it_is_built():
     with pytest.raises(ValueError, match="dim=33 must be even"):
         UNet(**{**TINY, "time_dim": 33})
+
+
+@pytest.mark.parametrize("widths", [(16,), (16, 32)])
+def test_bfloat16_multiplies_and_float32_normalises(widths):
+    torch.manual_seed(0)
+    model = UNet(widths=widths, attention_levels=(len(widths) - 1,))
+    for weight in model.parameters():  # wake the layers that start at zero
+        torch.nn.init.normal_(weight, std=0.05)
+    seen = []
+    for part in model.modules():
+        if isinstance(part, torch.nn.GroupNorm):
+            part.register_forward_hook(lambda _part, _inputs, out: seen.append(out.dtype))
+    x, t = torch.randn(4, 1, 8, 8), torch.tensor([0, 10, 500, 999])
+    exact = model(x, t)
+    assert set(seen) == {torch.float32}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model(x, t)
+    assert set(seen) == {torch.float32}  # in spite of inputs in bfloat16
+    assert rough.dtype == torch.bfloat16
+    assert (rough - exact).norm() < 0.02 * exact.norm()  # 8 binary digits: each product is off by up to 0.4 %

@@ -1,0 +1,82 @@
+"""The optimizer: matrices that move by directions, everything else as in AdamW."""
+
+import pytest
+import torch
+
+from ddpm_utils import training
+
+
+@pytest.mark.parametrize("shape", [(32, 288), (64, 64), (128, 36), (3, 16, 48)])
+def test_orthogonalise_keeps_the_directions_and_levels_the_sizes(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    got = training.orthogonalise(x)
+    diagonal = u.mT @ got @ vh.mT  # the same singular vectors: nothing off the diagonal
+    values = diagonal.diagonal(dim1=-2, dim2=-1)
+    assert (diagonal - torch.diag_embed(values)).abs().max() < 1e-4
+    assert values.median() > 0.65 and values.max() < 1.25
+
+
+def test_orthogonalise_does_not_see_the_scale():
+    x = torch.randn(8, 20, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(training.orthogonalise(1e3 * x), training.orthogonalise(1e-3 * x), rtol=1e-3, atol=1e-4)
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.SiLU(), torch.nn.Linear(8, 6))
+
+
+def descend(model, optimizer, steps=5):
+    for step in range(steps):
+        x = torch.randn(32, 6, generator=torch.Generator().manual_seed(step))
+        loss = (model(x) - x.flip(1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def test_muon_moves_matrices_as_pytorch_does_and_vectors_as_adamw_does():
+    ours, theirs = two_layers(), two_layers()
+    optimizer = training.Muon(ours, lr=0.01, weight_decay=0.1)
+    matrices = [weight for weight in theirs.parameters() if weight.ndim == 2]
+    vectors = [weight for weight in theirs.parameters() if weight.ndim == 1]
+    reference = [
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(vectors, lr=0.01, weight_decay=0.1),
+    ]
+
+    class Both:
+        def zero_grad(self):
+            theirs.zero_grad()
+
+        def step(self):
+            for part in reference:
+                part.step()
+
+    start = [weight.detach().clone() for weight in ours.parameters()]
+    descend(ours, optimizer)
+    descend(theirs, Both())
+    for before, a, b in zip(start, ours.parameters(), theirs.parameters(), strict=True):
+        moved = (a - before).norm()
+        assert moved > 0.01
+        assert (a - b).norm() < 0.03 * moved  # PyTorch iterates in bfloat16, of 8 binary digits
+
+
+def test_muon_learns_and_resumes_bit_for_bit(tmp_path):
+    whole, first = two_layers(), two_layers()
+    a, b = training.Muon(whole, lr=0.02), training.Muon(first, lr=0.02)
+    start = descend(two_layers(), training.Muon(two_layers(), lr=1e-6), steps=1)
+    assert descend(whole, a, 60) < 0.5 * start
+    descend(first, b, 20)
+    torch.save([first.state_dict(), b.state_dict()], tmp_path / "half.pt")
+    second = two_layers()
+    c = training.Muon(second, lr=0.02)
+    weights, state = torch.load(tmp_path / "half.pt", weights_only=True)
+    second.load_state_dict(weights)
+    c.load_state_dict(state)
+    descend(first, b, 7)
+    descend(second, c, 7)
+    for x, y in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(x, y)
