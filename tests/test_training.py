@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -681,7 +682,11 @@ def test_an_interrupted_run_goes_on_bit_for_bit_from_a_whole_file(tmp_path, poin
     losses, state, folder = {}, a_run(0), tmp_path
     if way == "signal":
         signum = signal.SIGTERM if len(point) % 2 else signal.SIGINT
-        losses = interrupted(state, folder, point, lambda: signal.raise_signal(signum))
+        before = signal.signal(signum, lambda *_: pytest.fail("the signal came through"))
+        try:
+            losses = interrupted(state, folder, point, lambda: signal.raise_signal(signum))
+        finally:
+            signal.signal(signum, before)
         assert state.stopped
     elif way == "error":
         with pytest.raises(ZeroDivisionError):
@@ -829,7 +834,7 @@ def test_a_best_that_was_not_written_is_not_the_best(fresh, tmp_path, monkeypatc
     assert training.read_checkpoint(tmp_path / "best.pt")["step"] == 24
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(fresh, tmp_path):
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(fresh, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     state = fresh()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -837,6 +842,13 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(fre
             run(state, folder=folder)
         with pytest.raises(NotSaved, match="was not written"):
             training.save_checkpoint(folder / "last.pt", state)
+
+    def read_only(**_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    with pytest.raises(NotSaved, match=r"cannot be written to \(Read-only file system\): choose another folder"):
+        run(state, folder=tmp_path)
     assert state.step == 0 and (tmp_path / "file").read_text() == ""
 
 
