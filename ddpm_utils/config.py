@@ -12,6 +12,9 @@ MODELS = ("unet", "article")  # ours, and the members of `gallery`, which is too
 OPTIMIZERS = ("muon", "adamw", "adam")
 DRAWS = ("stratified", "uniform")
 
+# Fields that files of an earlier version lack, and what those files meant; the defaults may move on.
+ADDED = {"model": "unet", "timestep_draw": "stratified", "optimizer": "adamw"}
+
 # Fields that decide what a set of weights means. Runs that agree on them can share weights.
 WEIGHT_FIELDS = (
     "dataset", "image_size", "channels", "timesteps", "schedule", "beta_scale", "target",
@@ -174,7 +177,7 @@ class TrainConfig:
 
 
 def from_dict(values: dict) -> TrainConfig:
-    """The config that `TrainConfig.to_dict` wrote; a field that an older version did not write keeps its default.
+    """The config that `TrainConfig.to_dict` wrote; what an older version did not write is taken from `ADDED`.
 
     Raises ValueError on a field that this version does not know.
     """
@@ -183,7 +186,7 @@ def from_dict(values: dict) -> TrainConfig:
         raise ValueError(
             f"unknown config field {', '.join(unknown)}: the file comes from another version of ddpm_utils"
         )
-    return TrainConfig(**values)
+    return TrainConfig(**(ADDED | values))
 
 
 def preset_for(device_type: str) -> dict:

@@ -73,7 +73,7 @@ def whole(tmp_path_factory):
     return folder
 
 
-def press_stop_at(monkeypatch, step: int, action=lambda: signal.raise_signal(signal.SIGINT)) -> None:
+def press_stop_at(monkeypatch, step: int, action=lambda *_: signal.raise_signal(signal.SIGINT)) -> None:
     """Have `action` called when row `step` has been written."""
     write = train_command.write_rows
 
@@ -81,7 +81,7 @@ def press_stop_at(monkeypatch, step: int, action=lambda: signal.raise_signal(sig
         last = fresh[-1].step if fresh else None
         write(fresh, log, board)
         if last == step:
-            action()
+            action(signal.SIGINT, None)
 
     monkeypatch.setattr(train_command, "write_rows", write_and_stop)
 
@@ -322,8 +322,8 @@ def test_tensorboard_holds_every_step_once_after_a_resumption(tmp_path, monkeypa
     pytest.importorskip("torch.utils.tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with monkeypatch.context() as patch:
-        press_stop_at(patch, 7)
+    with monkeypatch.context() as patch:  # cut off after step 7, saved after step 6: a step is done twice
+        press_stop_at(patch, 7, signal.default_int_handler)
         assert train("--tensorboard", "--out", tmp_path) == 130
     assert command.main(["train", "--tensorboard", "--resume", "--out", str(tmp_path)]) == 0
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

@@ -51,8 +51,6 @@ OTHER = {
     "optimizer": "adam", "lr": 1e-3, "warmup_steps": 0, "decay_from": 1.0, "lr_floor": 0.0, "weight_decay": 0.1,
     "grad_clip": 2.0, "ema_decay": 0.0, "seed": 1,
 }  # fmt: skip
-# Fields that files of an earlier version lack, and what those files meant.
-LATER = {"model": "unet", "timestep_draw": "stratified", "optimizer": "adamw"}
 
 
 def test_the_tables_above_name_every_field():
@@ -92,10 +90,11 @@ def test_round_trip_through_a_dict_and_through_json(changes):
     assert config.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
 
 
-def test_a_config_written_before_a_field_existed_is_read_with_its_default():
-    written = {name: value for name, value in TrainConfig(lr=1e-3).to_dict().items() if name not in LATER}
-    assert config.from_dict(written) == TrainConfig(lr=1e-3)
-    assert {name: FIELDS[name] for name in LATER} == LATER  # or an old file would come to mean something else
+def test_a_config_written_before_a_field_existed_means_what_it_meant():
+    added = {"model": "unet", "timestep_draw": "stratified", "optimizer": "adamw"}
+    cfg = TrainConfig(**added, lr=1e-3)
+    assert config.from_dict({name: value for name, value in cfg.to_dict().items() if name not in added}) == cfg
+    assert config.from_dict(TrainConfig(**OTHER).to_dict()) == TrainConfig(**OTHER)
 
 
 def test_from_dict_refuses_a_field_it_does_not_know():
@@ -121,6 +120,12 @@ def test_differences_name_the_field_and_both_values(field):
     assert line.startswith(f"{field}: {FIELDS[field]!r} against {OTHER[field]!r}")
     assert bool(mine.differences(theirs)) == (field in config.WEIGHT_FIELDS)
     assert mine.differences(mine, fields=tuple(FIELDS)) == []
+
+
+def test_what_decides_the_meaning_of_weights():
+    network = set(TrainConfig().network()) - {"dropout"}  # which leaves no trace in the weights' shapes or use
+    others = {"dataset", "image_size", "timesteps", "schedule", "beta_scale", "target", "model"}
+    assert network | others <= set(config.WEIGHT_FIELDS)
 
 
 def test_replace_changes_a_copy_and_checks_it():
