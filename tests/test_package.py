@@ -162,4 +162,4 @@ def code_of(file: Path) -> list[str]:
 
 def test_the_package_is_small():
     counted = [file for file in FILES if room(file) not in {"gallery", "exercises", *COMMAND_LINE}]
-    assert sum(len(code_of(file)) for file in counted) <= 1600
+    assert sum(len(code_of(file)) for file in counted) <= 2000  # an evening's reading
