@@ -41,7 +41,7 @@ def matrix_peak(device: torch.device) -> float:
 def flops_per_image(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> float:
     """Floating point operations of convolutions and matrix products, forward and backward, for one image (C, H, W)."""
     x, t = torch.zeros(2, *shape, device=device), torch.zeros(2, dtype=torch.long, device=device)
-    # Attention as two plain products: of the fused kernels not every one is counted.
+    # Attention as plain products: what a fused kernel computes again on the way back is no work of the network's.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(x, t).square().mean().backward()
     model.zero_grad()
