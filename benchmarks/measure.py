@@ -22,19 +22,23 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def matrix_peak(device: torch.device) -> float:
-    """FLOP/s of a large square matrix product, the best of several, in the precision that training uses on this device."""
-    side = runtime.shrink(8192 if device.type == "cuda" else 2048, 128)
+def package_precision(device: torch.device) -> torch.dtype:
+    """What `runtime.autocast` has matrices multiplied in on this device."""
     with runtime.autocast(device):
-        a, best = torch.randn(side, side, device=device), math.inf
-        if torch.is_autocast_enabled(device.type):
-            a = a.to(torch.get_autocast_dtype(device.type))
-        for _ in range(8):
-            synchronise(device)
-            began = time.perf_counter()
-            a @ a
-            synchronise(device)
-            best = min(best, time.perf_counter() - began)
+        enabled = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if enabled else torch.float32
+
+
+def matrix_peak(device: torch.device, precision: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product, the best of several."""
+    side, best = runtime.shrink(8192 if device.type == "cuda" else 2048, 128), math.inf
+    a = torch.randn(side, side, device=device).to(precision)
+    for _ in range(8):
+        synchronise(device)
+        began = time.perf_counter()
+        a @ a
+        synchronise(device)
+        best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best
 
 

@@ -23,11 +23,11 @@ from .measure import flops_per_image, machine, matrix_peak, synchronise
 # What an operator of the network does, by parts of its name; the first line that fits counts.
 GROUPS = {
     "convolutions": ("convolution",),
-    "attention (its products)": ("scaled_dot_product", "flash_attention", "efficient_attention"),
-    "linear layers": ("addmm", "aten::mm", "bmm", "aten::linear"),
+    "attention (its products)": ("scaled_dot_product", "flash_attention", "efficient_attention", "bmm", "softmax"),
+    "linear layers": ("addmm", "aten::mm", "aten::linear"),
     "normalisation": ("group_norm", "layer_norm", "batch_norm"),
     "activations": ("silu", "relu", "gelu", "sigmoid"),
-    "joins, copies, upsampling": ("cat", "copy_", "clone", "contiguous", "upsample", "slice", "narrow", "fill_", "zero_"),
+    "joins, copies, casts, upsampling": ("cat", "copy_", "clone", "contiguous", "upsample", "slice", "narrow", "fill_", "zero_"),
     "the average (EMA)": ("lerp",),
 }  # fmt: skip
 CLIP, FORWARD = "clipping", "the network, forward"
@@ -117,7 +117,8 @@ def convolutions(contestant: Training) -> list[tuple[nn.Module, torch.Size, int]
 
 def time_convolution(layer: nn.Module, shape: torch.Size, contestant: Training, repeat: int) -> tuple[float, float]:
     """Seconds of a convolution by itself, forward and backward, and its FLOP/s."""
-    x = torch.randn(shape, device=contestant.device).to(memory_format=contestant.memory_format).requires_grad_()
+    x = torch.randn(shape, device=contestant.device).to(contestant.precision(contestant.device))
+    x = x.to(memory_format=contestant.memory_format).requires_grad_()
     with contestant.autocast():
         y = layer(x)
     grad, best = torch.randn_like(y), math.inf
@@ -178,12 +179,14 @@ def main(arguments: list[str]) -> None:
     device, kind = runtime.pick_device(args.device), CONTESTANTS[args.contestant]
     train_set = data.load_images(runtime.shrink("fashion_mnist", "digits"), "train")
     contestant = kind(train_set.images.to(device), 0, device, args.compile and issubclass(kind, Ours))
-    where, peak = machine(device, train_set.title), matrix_peak(device)
+    where, precision = machine(device, train_set.title), contestant.precision(device)
+    peak = matrix_peak(device, precision)
     flops = flops_per_image(contestant.model, contestant.images.shape[1:], device)
     seconds, shares = profile_step(contestant, runtime.shrink(30, 2))
     speed = contestant.batch_size / seconds
     parameters = sum(p.numel() for p in contestant.model.parameters())
-    print(f"{where['machine']}; {where['device']}; torch {where['torch']}; matrix products {peak / 1e9:.0f} GFLOP/s\n"
+    print(f"{where['machine']}; {where['device']}; torch {where['torch']}; "
+          f"matrix products {peak / 1e9:.0f} GFLOP/s in {precision}\n"
           f"{args.contestant}: {parameters:,} parameters, {flops / 1e6:.0f} MFLOP an image; "
           f"a step of {contestant.batch_size} images takes {1000 * seconds:.1f} ms: "
           f"{speed:.0f} images/s, {speed * flops / peak:.0%} of the peak\n")  # fmt: skip

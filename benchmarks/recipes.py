@@ -110,11 +110,12 @@ class Bench:
                 self.ruler = Ruler(*self.sets, self.device)
                 self.floors = {n: self.ruler.floor(n) for n in (self.n, own_n(self.n))}
             print(f"{minutes(mark)} min: {len(waiting)} trainings in turns", flush=True)
-            peak = matrix_peak(self.device)
+            precisions = {CONTESTANTS[name].precision(self.device) for name in self.plan}
+            self.peaks = {precision: matrix_peak(self.device, precision) for precision in precisions}
             while waiting:
                 name, seed = waiting.pop(0)
                 if self.train_a_turn(name, seed, mark):
-                    self.measure(name, seed, mark, peak)
+                    self.measure(name, seed, mark)
                     self.close(name, seed, mark)
                 else:
                     waiting.append((name, seed))
@@ -168,9 +169,10 @@ class Bench:
             del self.live[key]
             self.checkpoint(key).unlink(missing_ok=True)
 
-    def measure(self, name: str, seed: int, mark: float, peak: float) -> None:
+    def measure(self, name: str, seed: int, mark: float) -> None:
         """Sample, compare, and write a row a sampler."""
         contestant = self.live[self.key(name, seed, mark)]
+        precision = contestant.precision(self.device)
         for sampler in self.missing(name, seed, mark):
             own = sampler == "own"
             n = own_n(self.n) if own else self.n
@@ -184,7 +186,8 @@ class Bench:
                 "steps": contestant.steps, "images": images, "images_per_second": images / contestant.seconds,
                 "parameters": sum(p.numel() for p in contestant.model.parameters()),
                 "flops_per_image": flops_per_image(contestant.model, self.images.shape[1:], self.device),
-                "peak_flops": peak, "settings": self.settings(name), **self.same,
+                "precision": str(precision).removeprefix("torch."), "peak_flops": self.peaks[precision],
+                "settings": self.settings(name), **self.same,
                 "date": datetime.date.today().isoformat(), "command": self.command,
             }  # fmt: skip
             append(self.out, row)

@@ -73,16 +73,34 @@ def cell(rows: list[dict] | None) -> str:
     return text if len(rows) == 1 else f"{text} [{min(values):.1f} … {max(values):.1f}, {len(rows)} seeds]"
 
 
-def table(found: dict, peak: float) -> list[str]:
+def peaks(rows: list[dict]) -> dict[str, float]:
+    """The best matrix product of all measured, in each precision that somebody trained in."""
+    kinds = sorted({row["precision"] for row in rows})
+    return {kind: max(row["peak_flops"] for row in rows if row["precision"] == kind) for kind in kinds}
+
+
+def table(found: dict, peaks: dict[str, float]) -> list[str]:
     """Markdown: a line a contestant, a column a mark."""
     marks = sorted({mark for by_mark in found.values() for mark in by_mark})
-    head = ["contestant", "parameters", "images/s", "MFLOP/image", "of the peak", *(f"{minutes(m)} min" for m in marks)]
+    head = [
+        "contestant",
+        "parameters",
+        "images/s",
+        "MFLOP/image",
+        "of the peak in",
+        *(f"{minutes(m)} min" for m in marks),
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for name, by_mark in found.items():
         rows = [row for of_mark in by_mark.values() for row in of_mark]
         speed = statistics.median(row["images_per_second"] for row in rows)
-        flops = rows[0]["flops_per_image"]
-        figures = [f"{rows[0]['parameters']:,}", f"{speed:.0f}", f"{flops / 1e6:.0f}", f"{speed * flops / peak:.0%}"]
+        flops, kind = rows[0]["flops_per_image"], rows[0]["precision"]
+        figures = [
+            f"{rows[0]['parameters']:,}",
+            f"{speed:.0f}",
+            f"{flops / 1e6:.0f}",
+            f"{speed * flops / peaks[kind]:.0%} {kind}",
+        ]
         lines.append("| " + " | ".join([name, *figures, *(cell(by_mark.get(mark)) for mark in marks)]) + " |")
     return lines
 
@@ -134,13 +152,13 @@ def preface(rows: list[dict]) -> list[str]:
     """What was measured, on what, and what the figures are not."""
     last, dates = rows[-1], sorted({row["date"] for row in rows})
     period = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    peak = max(row["peak_flops"] for row in rows)
+    best = " and ".join(f"{peak / 1e9:.0f} GFLOP/s in {kind}" for kind, peak in peaks(rows).items())
     commands = "; ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
     return [
         "# Fréchet distance after minutes of training",
         "",
         f"{last['data']}; {last['machine']}; {last['device']}; torch {last['torch']}; {period}; {commands}.",
-        f"A large matrix product reaches {peak / 1e9:.0f} GFLOP/s here, the best of all measured.",
+        f"A large matrix product reaches {best} here, the best of all measured.",
         "",
         "Distances are between features of this project's own classifier, not Inception's: compare them with nothing outside",
         "this page. In brackets the multiple of the floor, which is the mean distance of as many real test images from the",
@@ -149,7 +167,7 @@ def preface(rows: list[dict]) -> list[str]:
 
 
 COLUMNS = ("contestant", "mark", "seed", "sampler", "n", "distance", "floor", "seconds", "warm_up_seconds", "steps", "images",
-           "images_per_second", "parameters", "flops_per_image", "peak_flops", "date")  # fmt: skip
+           "images_per_second", "parameters", "flops_per_image", "precision", "peak_flops", "date")  # fmt: skip
 
 
 def report(out: Path) -> str:
@@ -162,13 +180,12 @@ def report(out: Path) -> str:
         writer.writeheader()
         writer.writerows(rows)
     lines = [*preface(rows), ""]
-    peak = max(row["peak_flops"] for row in rows)
     for sampler, title in (("common", "the common sampler, a clamped DDIM"), ("own", "the contestant's own sampler")):
         for n in sorted({row["n"] for row in rows if row["sampler"] == sampler}, reverse=True):
             found = summary(rows, n, sampler)
             one = next(iter(next(iter(found.values())).values()))[0]
             lines += [f"## {title} of {one['calls']} calls, n = {n:,}, floor {one['floor']:.2f}", ""]
-            lines += [*table(found, peak), "", *comparison(found), ""]
+            lines += [*table(found, peaks(rows)), "", *comparison(found), ""]
     largest = max(row["n"] for row in rows if row["sampler"] == "common")
     draw_plot(summary(rows, largest, "common"), out.with_suffix(".png"))
     text = "\n".join(lines)

@@ -1,5 +1,6 @@
 """The benchmark: contestants against what they claim to be, the clock, resuming, equal noise and n, and the table."""
 
+import contextlib
 import functools
 import json
 import math
@@ -158,6 +159,22 @@ def test_articles_sampler_is_the_published_formula(fast):
         alpha, alpha_bar, beta = s.alphas[t], s.alpha_bars[t], s.betas[t]
         x = (x - (1 - alpha) / (1 - alpha_bar).sqrt() * eps) / alpha.sqrt() + (t > 0) * beta.sqrt() * noise
     torch.testing.assert_close(states[-1], x, rtol=1e-3, atol=1e-3)
+
+
+def test_peers_multiply_in_float32_whatever_the_package_does_on_this_cpu(fast, monkeypatch):
+    monkeypatch.setattr(runtime, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
+    seen = {}
+    for name in ("sketch", "article", "ours"):
+        made = contestant(name)
+        layer = next(m for m in made.model.modules() if isinstance(m, nn.Conv2d))
+        layer.register_forward_hook(lambda module, args, out, name=name: seen.update({name: out.dtype}))
+        made.step(0.1)
+        assert seen[name] == made.precision(CPU)
+    assert seen == {"sketch": torch.float32, "article": torch.float32, "ours": torch.bfloat16}
+    assert Diffusers.precision(CPU) == torch.float32
+    in_half = Ours.describe(CPU, False)
+    monkeypatch.setattr(runtime, "autocast", lambda device: contextlib.nullcontext())
+    assert Ours.describe(CPU, False) != in_half
 
 
 def test_only_the_article_brings_a_sampler_and_a_constant_rate():
@@ -552,7 +569,7 @@ def test_the_peak_is_that_of_a_real_product(own_folders, monkeypatch):
     ticks = iter(range(1000))
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(ticks))
     monkeypatch.setenv("DDPM_FAST", "1")
-    assert measure.matrix_peak(CPU) == 2 * 128**3
+    assert measure.matrix_peak(CPU, torch.float32) == 2 * 128**3
 
 
 # --- the table
@@ -562,7 +579,8 @@ def row(name, mark, distance, seed=0, n=1000, sampler="common", **more):
     return {
         "contestant": name, "mark": mark, "seed": seed, "n": n, "sampler": sampler, "distance": distance, "calls": 50,
         "floor": 2.5, "seconds": mark, "warm_up_seconds": 0.0, "steps": 10, "images": 640, "images_per_second": 500.0,
-        "parameters": 12_345, "flops_per_image": 2e8, "peak_flops": 2e11, "settings": "s", "date": "2026-01-02",
+        "parameters": 12_345, "flops_per_image": 2e8, "precision": "float32", "peak_flops": 2e11,
+        "settings": "s", "date": "2026-01-02",
         "command": "python -m benchmarks.recipes", "device": "CPU", "machine": "M", "threads": 2, "torch": "2",
         "data": "Fashion-MNIST", "fast": False,
     } | more  # fmt: skip
@@ -581,10 +599,10 @@ def test_the_table_shows_medians_ranges_and_multiples_of_the_floor_at_equal_n(tm
     for one in ROWS:
         results.append(out, one)
     text = results.report(out)
-    assert "| ours | 12,345 | 500 | 200 | 50% | 90.0 (36.0×) | 25.0 (10.0×) [20.0 … 40.0, 3 seeds] |" in text
-    assert "| sketch | 12,345 | 500 | 200 | 50% | 180.0 (72.0×) | 60.0 (24.0×) |" in text
-    assert "| article | 12,345 | 500 | 200 | 50% |  | 500.0 (200.0×) |" in text
-    assert "| article | 12,345 | 500 | 200 | 50% | 700.0 (70.0×) |" in text
+    assert "| ours | 12,345 | 500 | 200 | 50% float32 | 90.0 (36.0×) | 25.0 (10.0×) [20.0 … 40.0, 3 seeds] |" in text
+    assert "| sketch | 12,345 | 500 | 200 | 50% float32 | 180.0 (72.0×) | 60.0 (24.0×) |" in text
+    assert "| article | 12,345 | 500 | 200 | 50% float32 |  | 500.0 (200.0×) |" in text
+    assert "| article | 12,345 | 500 | 200 | 50% float32 | 700.0 (70.0×) |" in text
     assert "share of the distance of sketch: 0.50 at 1 min, 0.42 at 5 min" in text
     assert "the sketch's 60.0 of 5 min: ours is there at 5 min" in text
     assert "the sketch's 180.0 of 1 min: ours is there at 1 min" in text
@@ -592,7 +610,7 @@ def test_the_table_shows_medians_ranges_and_multiples_of_the_floor_at_equal_n(tm
     assert "n = 4,000" in at_4000 and "| ours" in at_4000 and "sketch" not in at_4000
     assert "n = 1,000" in at_1000 and "21.0 (" not in at_1000
     assert "n = 250" in own and "1000 calls" in own and "floor 10.00" in own
-    assert "200 GFLOP/s" in text and "not Inception" in text
+    assert "200 GFLOP/s in float32" in text and "not Inception" in text
     assert out.with_suffix(".md").read_text() == text
     lines = out.with_suffix(".csv").read_text().splitlines()
     assert len(lines) == 1 + len(ROWS) and lines[1].startswith("ours,60,0,common,1000,90.0,2.5")
