@@ -242,7 +242,8 @@ def main(arguments: list[str]) -> None:
     out = args.out or folder / f"recipes_{device.type}.jsonl"
     if not args.report:
         plan = choose(args.contestants, args.minutes, args.seeds)
-        command = shlex.join(["python", "-m", "benchmarks.recipes", *arguments])
+        shown = [out.name if text == str(args.out) else text for text in arguments]  # no folder of this machine
+        command = shlex.join(["python", "-m", "benchmarks.recipes", *shown])
         try:
             Bench(plan, out, args.n, device, args.compile, command).run()
         except KeyboardInterrupt:

@@ -659,6 +659,8 @@ def test_a_short_run_from_end_to_end_and_again(fast, capsys, monkeypatch):
     capsys.readouterr()
     recipes.main(command)
     assert results.read_rows(out) == rows
+    recipes.main([*command, "--out", str(fast / "other.jsonl")])
+    assert results.read_rows(fast / "other.jsonl")[0]["command"].endswith("--out other.jsonl")
     recipes.main(["--report", "--device", "cpu"])
     assert "| ours |" in capsys.readouterr().out
 
