@@ -28,10 +28,10 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation (1803.08494) in float32, whatever comes in: bfloat16 keeps too few digits for a variance."""
+    """Group normalisation (1803.08494) in its weights' float32, whatever comes in: bfloat16 lacks the digits for a variance."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float())
+        return super().forward(x.to(self.weight.dtype))
 
 
 class ResBlock(nn.Module):

@@ -284,3 +284,8 @@ def test_bfloat16_multiplies_and_float32_normalises(widths):
     assert set(seen) == {torch.float32}  # in spite of inputs in bfloat16
     assert rough.dtype == torch.bfloat16
     assert (rough - exact).norm() < 0.02 * exact.norm()  # 8 binary digits: each product is off by up to 0.4 %
+
+
+def test_a_network_in_float64_stays_in_float64():
+    model = UNet(widths=(8,), attention_levels=(0,)).double()
+    assert model(torch.randn(2, 1, 8, 8).double(), torch.tensor([0, 5])).dtype == torch.float64
