@@ -286,6 +286,6 @@ def test_bfloat16_multiplies_and_float32_normalises(widths):
     assert (rough - exact).norm() < 0.02 * exact.norm()  # 8 binary digits: each product is off by up to 0.4 %
 
 
-def test_a_network_in_float64_stays_in_float64():
-    model = UNet(widths=(8,), attention_levels=(0,)).double()
-    assert model(torch.randn(2, 1, 8, 8).double(), torch.tensor([0, 5])).dtype == torch.float64
+def test_a_block_in_float64_stays_in_float64():
+    block = ResBlock(8, 16, 4).double()
+    assert block(torch.randn(2, 8, 4, 4).double(), torch.randn(2, 4).double()).dtype == torch.float64
