@@ -25,16 +25,16 @@ def orthogonalise(matrices: Tensor, turns: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, except that a weight matrix moves by its orthogonalised momentum (Jordan et al. 2024; scale of 2502.16982, Eq. 4).
+    """AdamW, except that a convolution's weight moves by its orthogonalised momentum (Jordan et al. 2024; 2502.16982, Eq. 4).
 
-    A convolution's weight is the matrix (c_out, c_in · height · width). The factor 0.2 · √max(rows, columns) makes the entries
+    That weight is taken as the matrix (c_out, c_in · height · width). The factor 0.2 · √max(rows, columns) makes the entries
     of a step as large as AdamW's, so that both share one learning rate. Matrices of one shape are handled in one go.
     """
 
     def __init__(self, model: nn.Module, lr: float, momentum: float = 0.95, **adamw):
         shapes = {}
         for weight in model.parameters():
-            shape = tuple(weight.flatten(1).shape) if weight.ndim > 1 else ()
+            shape = tuple(weight.flatten(1).shape) if weight.ndim > 2 else ()
             shapes.setdefault(shape, []).append(weight)
         super().__init__([{"params": weights, "shape": shape} for shape, weights in shapes.items()], lr=lr, **adamw)
         self.momentum = momentum
