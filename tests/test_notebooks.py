@@ -187,6 +187,13 @@ CHANGES = {
         {"SEED": 7},
     ],
     "05": [{"DATASET": "mnist"}, {"DATASET": "digits"}, {"TIMESTEPS": 200}, {"SCHEDULE": "linear", "TARGET": "eps"}],
+    "08": [
+        {"DATASET": "mnist"},
+        {"DATASET": "digits"},
+        {"N_SAMPLES": 40, "BOUND_IMAGES": 2},
+        {"STEPS": 2},
+        {"SEED": 7},
+    ],
 }
 CASES = [(name, change) for name in LESSONS for change in CHANGES.get(name[:2], [])]
 

@@ -36,6 +36,20 @@ BUILT_IN = {
         "diffusion": ["q_posterior", "p_mean_variance", "p_sample"],
         "sampling": ["ddpm_sample"],
     },
+    "08_evaluation": {
+        "evaluation": [
+            "frechet_distance",
+            "polynomial_mmd",
+            "kernel_distance",
+            "neighbour_radii",
+            "precision_recall",
+            "coverage",
+            "gaussian_kl",
+            "discretised_log_likelihood",
+            "prior_term",
+            "bound_term",
+        ]
+    },
 }
 PLACES = [(lesson, room, name) for lesson, rooms in BUILT_IN.items() for room, names in rooms.items() for name in names]
 
