@@ -2,14 +2,16 @@
 
 import json
 import math
+import os
 import time
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm_utils import data, gallery, pretrained, runtime, sampling, training
-from ddpm_utils.config import TrainConfig, for_this_run, preset_for
+from ddpm_utils.config import PAPER, TrainConfig, for_this_run, preset_for
 from ddpm_utils.diffusion import q_sample, training_target
 from ddpm_utils.schedules import make_schedule
 
@@ -191,9 +193,26 @@ class Ours(Training):
 
 
 class Paper(Ours):
-    """Ours with the two words that make it the setting of DDPM itself."""
+    """Ours in the setting of DDPM itself."""
 
-    changes = {"schedule": "linear", "target": "eps"}
+    changes = PAPER
+
+
+def without(**changes) -> type[Ours]:
+    """Ours with one choice taken back, for the table of what each choice buys."""
+    return type("Without", (Ours,), {"changes": changes})
+
+
+class Float32(Ours):
+    """Ours without bfloat16."""
+
+    @classmethod
+    def precision(cls, device: torch.device) -> torch.dtype:
+        return torch.float32
+
+    def step(self, progress: float) -> None:
+        with mock.patch.dict(os.environ, {"DDPM_FLOAT32": "1"}):
+            super().step(progress)
 
 
 class Article(Training):
@@ -292,4 +311,19 @@ class Sketch(Training):
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
 
 
-CONTESTANTS = {"ours": Ours, "paper": Paper, "sketch": Sketch, "article": Article, "diffusers": Diffusers}
+CHOICES = {
+    "adamw": without(optimizer="adamw", lr=2e-3, decay_from=0.3),  # the rate that suits it
+    "float32": Float32,
+    "fold1": without(fold=1),
+    "narrow": without(widths=(32, 64)),
+    "groups8": without(groups=8),
+    "no-attention": without(attention_levels=()),
+    "eps": without(target="eps"),
+    "linear": without(schedule="linear"),
+    "stratified-t": without(timestep_draw="stratified"),
+    "uniform-t": without(timestep_draw="uniform"),
+    "no-average": without(ema_decay=0.0),
+    "constant-rate": without(decay_from=1.0),
+    "batch128": without(batch_size=128),
+}
+CONTESTANTS = {"ours": Ours, "paper": Paper, "sketch": Sketch, "article": Article, "diffusers": Diffusers} | CHOICES

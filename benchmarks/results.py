@@ -5,6 +5,7 @@ import json
 import math
 import os
 import statistics
+from itertools import cycle
 from pathlib import Path
 
 from ddpm_utils import plots, runtime
@@ -130,7 +131,7 @@ def draw_plot(found: dict, path: Path) -> None:
     """Distance over floor against minutes, both logarithmic, a line a contestant: white ground, legible on a dark page too."""
     fig, ax = plots.figure(width=7.0, height=4.2)
     colours = [plots.MODEL, plots.EXTRA, plots.DATA, plots.NOISE, "#E69F00"]
-    for (name, by_mark), colour, sign in zip(found.items(), colours, "osD^v", strict=False):
+    for (name, by_mark), colour, sign in zip(found.items(), cycle(colours), cycle("osD^v"), strict=False):
         points = [(mark / 60, median(rows) / rows[0]["floor"], rows) for mark, rows in by_mark.items() if median(rows)]
         ax.plot([p[0] for p in points], [p[1] for p in points], color=colour, marker=sign, label=name)
         for x, _, rows in points:  # every seed, where there are several
@@ -187,7 +188,8 @@ def report(out: Path) -> str:
             lines += [f"## {title} of {one['calls']} calls, n = {n:,}, floor {one['floor']:.2f}", ""]
             lines += [*table(found, peaks(rows)), "", *comparison(found), ""]
     largest = max(row["n"] for row in rows if row["sampler"] == "common")
-    draw_plot(summary(rows, largest, "common"), out.with_suffix(".png"))
+    if len({row["mark"] for row in rows}) > 1:
+        draw_plot(summary(rows, largest, "common"), out.with_suffix(".png"))
     text = "\n".join(lines)
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     return text

@@ -10,10 +10,13 @@ SCHEDULES = ("linear", "cosine")
 TARGETS = ("eps", "x0", "v")
 MODELS = ("unet", "article")  # ours, and the members of `gallery`, which is too heavy to be asked here
 OPTIMIZERS = ("muon", "adamw", "adam")
-DRAWS = ("stratified", "uniform")
+DRAWS = ("middle", "stratified", "uniform")
 
 # Fields that files of an earlier version lack, and what those files meant; the defaults may move on.
 ADDED = {"model": "unet", "timestep_draw": "stratified", "optimizer": "adamw"}
+
+# The setting of DDPM (2006.11239): its schedule, what its network predicts, and how Algorithm 1 draws t.
+PAPER = {"schedule": "linear", "target": "eps", "timestep_draw": "uniform"}
 
 # Fields that decide what a set of weights means. Runs that agree on them can share weights.
 WEIGHT_FIELDS = (
@@ -24,7 +27,7 @@ WEIGHT_FIELDS = (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. `TrainConfig(schedule="linear", target="eps")` is DDPM's Algorithms 1 and 2 to the letter.
+    """One training run. `TrainConfig(**PAPER)` is DDPM's Algorithms 1 and 2 to the letter.
 
     Raises ValueError on construction, naming the field, its value, what was expected and the nearest fix.
     """
@@ -40,23 +43,23 @@ class TrainConfig:
     target: str = "v"  # what the network predicts, "eps", "x0" or "v"
     # network
     model: str = "unet"  # "unet", which the fields of this part describe, or a member of the gallery: "article"
-    widths: tuple[int, ...] = (32, 64)  # channels of each level, multiples of `groups`
+    widths: tuple[int, ...] = (48, 64)  # channels of each level, multiples of `groups`
     blocks: int = 2  # residual blocks a level, down and up, 1 … 8
     attention_levels: tuple[int, ...] = (1,)  # levels (0 is the finest) with self-attention; may be empty
     fold: int = 2  # f × f pixels become one position with f² times the channels, 1 … 8; 1 leaves the image alone
     time_dim: int = 128  # width of the time embedding, even, 2 … 4096
-    groups: int = 8  # of the group normalisations, 1 … 1024
+    groups: int = 4  # of the group normalisations, 1 … 1024
     heads: int = 4  # of the attention, 1 … 1024; must divide the width of the levels that attend
     dropout: float = 0.0  # in the residual blocks, in training only, 0 … 0.9
     num_classes: int = 0  # labels the network is told, 0 … 10000; 0: no labels
     # optimisation
-    epochs: float = 1.8  # passes over the training images, 1e-6 … 1e5, may be a fraction
+    epochs: float = 1.5  # passes over the training images, 1e-6 … 1e5, may be a fraction
     batch_size: int = 32  # images a step, 1 … 4096
-    timestep_draw: str = "stratified"  # of each batch: "stratified" (one from each part of 0 … T−1) or "uniform"
-    optimizer: str = "adamw"  # "muon", "adamw" or "adam"
-    lr: float = 2e-3  # peak learning rate, 1e-6 … 1e-1
+    timestep_draw: str = "middle"  # in a batch: "middle" (spread, ends rare), "stratified" (spread) or "uniform"
+    optimizer: str = "muon"  # "muon", "adamw" or "adam"
+    lr: float = 3e-3  # peak learning rate, 1e-6 … 1e-1
     warmup_steps: int = 100  # steps of linear rise to `lr`, 0 … 1000000
-    decay_from: float = 0.3  # share of the run after which the rate falls linearly, 0 … 1; 1: it stays
+    decay_from: float = 0.0  # share of the run after which the rate falls linearly, 0 … 1; 1: it stays
     lr_floor: float = 0.02  # share of `lr` left at the end, 0 … 1
     weight_decay: float = 0.0  # of the optimizer, 0 … 1
     grad_clip: float = 1.0  # largest norm of the gradient, 1e-6 … 1e6
@@ -67,7 +70,7 @@ class TrainConfig:
         for name in ("widths", "attention_levels"):  # a list read from JSON is as good as a tuple
             values = getattr(self, name)
             if not isinstance(values, list | tuple) or any(type(value) is not int for value in values):
-                raise ValueError(f"{name}={values!r} must be a tuple of whole numbers, such as (32, 64) or (1,)")
+                raise ValueError(f"{name}={values!r} must be a tuple of whole numbers, such as (48, 64) or (1,)")
             object.__setattr__(self, name, tuple(values))
         self._one_of("dataset", DATASETS)
         self._one_of("schedule", SCHEDULES)
@@ -99,7 +102,7 @@ class TrainConfig:
         self._within("grad_clip", 1e-6, 1e6)
         self._within("ema_decay", 0.0, 0.99999)
         if not self.widths:
-            raise ValueError("widths is empty: give one number of channels a level, such as (32, 64)")
+            raise ValueError("widths is empty: give one number of channels a level, such as (48, 64)")
         for i, width in enumerate(self.widths):
             for name in ("groups", "heads") if i in self.attention_levels else ("groups",):
                 n = getattr(self, name)

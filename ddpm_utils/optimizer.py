@@ -16,10 +16,11 @@ def orthogonalise(matrices: Tensor, turns: int = 5) -> Tensor:
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # no singular value above 1
     gram, one = x @ x.mT, torch.eye(x.shape[-2], device=x.device)
-    product = one
+    turn = product = None
     for _ in range(turns):
+        gram = gram if turn is None else turn @ gram @ turn
         turn = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
-        product, gram = turn @ product, turn @ gram @ turn
+        product = turn if product is None else turn @ product
     x = product @ x
     return x.mT if tall else x
 
@@ -27,14 +28,15 @@ def orthogonalise(matrices: Tensor, turns: int = 5) -> Tensor:
 class Muon(torch.optim.AdamW):
     """AdamW, except that a convolution's weight moves by its orthogonalised momentum (Jordan et al. 2024; 2502.16982, Eq. 4).
 
-    That weight is taken as the matrix (c_out, c_in · height · width). The factor 0.2 · √max(rows, columns) makes the entries
-    of a step as large as AdamW's, so that both share one learning rate. Matrices of one shape are handled in one go.
+    That weight is taken as the matrix (c_out, height · width · c_in), which is its order in memory. The factor
+    0.2 · √max(rows, columns) makes the entries of a step as large as AdamW's, so that both share one learning rate.
+    Matrices of one shape are handled in one go.
     """
 
     def __init__(self, model: nn.Module, lr: float, momentum: float = 0.95, **adamw):
         shapes = {}
         for weight in model.parameters():
-            shape = tuple(weight.flatten(1).shape) if weight.ndim > 2 else ()
+            shape = (len(weight), weight[0].numel()) if weight.ndim > 2 else ()
             shapes.setdefault(shape, []).append(weight)
         super().__init__([{"params": weights, "shape": shape} for shape, weights in shapes.items()], lr=lr, **adamw)
         self.momentum = momentum
@@ -45,7 +47,7 @@ class Muon(torch.optim.AdamW):
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if not group["shape"] or not weights:
                 continue
-            gradient = torch.stack([weight.grad.reshape(group["shape"]) for weight in weights])
+            gradient = torch.stack([weight.grad.movedim(1, -1).flatten(1) for weight in weights])
             state = self.state[weights[0]]
             if not state:  # AdamW wants to see a step when it loads what was saved
                 state |= {"momentum": torch.zeros_like(gradient), "step": torch.zeros(())}
@@ -53,7 +55,8 @@ class Muon(torch.optim.AdamW):
             steps = orthogonalise(gradient.lerp(momentum, self.momentum))  # Nesterov's look ahead
             rate = group["lr"] * 0.2 * max(group["shape"]) ** 0.5
             for weight, step in zip(weights, steps, strict=True):
-                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.view_as(weight), alpha=rate)
+                rows = weight.movedim(1, -1)
+                rows.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.view(rows.shape), alpha=rate)
                 weight.grad = None  # spent: AdamW below leaves a weight without gradient alone
         super().step()
 

@@ -39,14 +39,19 @@ class NotSaved(OSError):
     """A checkpoint could not be written: the disk is full, the folder read-only. The state is still in memory."""
 
 
-def sample_timesteps(n: int, timesteps: int, generator: torch.Generator | None = None, device="cpu") -> Tensor:
+def sample_timesteps(n: int, timesteps: int, generator: torch.Generator | None = None, device="cpu",
+                     middle: bool = False) -> Tensor:  # fmt: skip
     """n timesteps, each uniform on 0 … T−1 as in Algorithm 1, but one from each n-th part of the range (VDM, 2107.00630, I.1).
 
-    Spreading a batch evenly leaves the expected loss as it is and takes most of the luck out of its value.
+    Spreading a batch evenly leaves the expected loss as it is and takes most of the luck out of its value. `middle` draws
+    s = t/T with density 6·s·(1 − s) instead (as 2403.03206, 3.1, favours the middle): a weighted loss, better pictures sooner.
     """
     u = torch.rand(n, generator=generator, device=device)
     part = torch.randperm(n, generator=generator, device=device)
-    return ((part + u) / n * timesteps).long().clamp(max=timesteps - 1)
+    s = (part + u) / n
+    if middle:
+        s = 0.5 - (torch.asin(1 - 2 * s) / 3).sin()  # where 3s² − 2s³, the share of times below s, is what it was
+    return (s * timesteps).long().clamp(max=timesteps - 1)
 
 
 def train_step(model, optimizer, schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor,
@@ -215,10 +220,10 @@ def _one_step(state: TrainState, model: nn.Module, images: Tensor, labels: Tenso
     picked = batch_indices(len(images), state.step, cfg, state.device)[mine]
     rng = step_generator(cfg.seed, state.step, state.device)
     n, timesteps = cfg.batch_size, len(state.schedule)
-    if cfg.timestep_draw == "stratified":
-        t = sample_timesteps(n, timesteps, rng, state.device)[mine]
-    else:
+    if cfg.timestep_draw == "uniform":
         t = torch.randint(timesteps, (n,), generator=rng, device=state.device)[mine]
+    else:
+        t = sample_timesteps(n, timesteps, rng, state.device, cfg.timestep_draw == "middle")[mine]
     eps = torch.randn(n, *images.shape[1:], generator=rng, device=state.device)[mine]
     y = None if labels is None else labels[picked]
     x0 = to_model_range(images[picked])

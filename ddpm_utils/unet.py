@@ -41,7 +41,7 @@ class ResBlock(nn.Module):
     therefore cannot undo it.
     """
 
-    def __init__(self, c_in: int, c_out: int, time_dim: int, groups: int = 8, dropout: float = 0.0):
+    def __init__(self, c_in: int, c_out: int, time_dim: int, groups: int = 4, dropout: float = 0.0):
         super().__init__()
         self.norm1 = GroupNorm32(groups, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -61,7 +61,7 @@ class ResBlock(nn.Module):
 class SelfAttention(nn.Module):
     """(B, C, H, W) → the same shape: every position looks at every other; added to its input."""
 
-    def __init__(self, channels: int, heads: int = 4, groups: int = 8):
+    def __init__(self, channels: int, heads: int = 4, groups: int = 4):
         super().__init__()
         self.heads = heads
         self.norm = GroupNorm32(groups, channels)
@@ -123,8 +123,8 @@ class UNet(nn.Module):
     H and W must be multiples of `self.divisor`. Raises ValueError on widths, groups, heads or sizes that do not fit.
     """
 
-    def __init__(self, channels: int = 1, widths=(32, 64), blocks: int = 2, attention_levels=(1,), fold: int = 2,
-                 time_dim: int = 128, groups: int = 8, heads: int = 4, dropout: float = 0.0, num_classes: int = 0):  # fmt: skip
+    def __init__(self, channels: int = 1, widths=(48, 64), blocks: int = 2, attention_levels=(1,), fold: int = 2,
+                 time_dim: int = 128, groups: int = 4, heads: int = 4, dropout: float = 0.0, num_classes: int = 0):  # fmt: skip
         super().__init__()
         check_widths(widths, attention_levels, groups, heads)
         self.channels, self.fold, self.num_classes = channels, fold, num_classes

@@ -14,7 +14,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import contestants, measure, profile_step, recipes, results
-from benchmarks.contestants import CONTESTANTS, Article, Diffusers, DiffusersNetwork, Ours, Paper, Sketch, Training
+from benchmarks.contestants import (
+    CHOICES,
+    CONTESTANTS,
+    Article,
+    Diffusers,
+    DiffusersNetwork,
+    Ours,
+    Paper,
+    Sketch,
+    Training,
+)
 from benchmarks.sketch import Sketch as SketchNetwork
 from ddpm_utils import evaluation, runtime, training
 from ddpm_utils.config import TrainConfig
@@ -198,11 +208,31 @@ def test_ours_is_the_packages_own_training_bit_for_bit(fast):
     assert not torch.equal(weights(made.model), weights(made.network()))
 
 
-def test_ours_is_the_default_and_paper_two_words_away(own_folders):
+def test_ours_is_the_default_and_paper_three_words_away(own_folders):
     cfg = Ours.config(CPU)
     assert cfg == TrainConfig()
-    assert Paper.config(CPU) == cfg.replace(schedule="linear", target="eps")
+    assert Paper.config(CPU) == cfg.replace(schedule="linear", target="eps", timestep_draw="uniform")
     assert Ours.config(torch.device("cuda")) == TrainConfig(**contestants.preset_for("cuda"))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_each_choice_takes_back_one_thing(own_folders, monkeypatch, name):
+    default, other = Ours.config(CPU).to_dict(), CHOICES[name].config(CPU).to_dict()
+    changed = {field for field in default if default[field] != other[field]}
+    assert changed <= {"lr", "decay_from", "optimizer"} if name == "adamw" else len(changed) == (name != "float32")
+    monkeypatch.setattr(contestants, "package_precision", lambda device: torch.bfloat16)
+    assert CHOICES[name].describe(CPU, False) != Ours.describe(CPU, False)
+
+
+def test_the_contestant_in_float32_multiplies_in_float32(fast, monkeypatch):
+    monkeypatch.delenv("DDPM_FLOAT32")
+    monkeypatch.setattr(runtime, "_cpu_features", lambda: {"avx512_bf16": True})
+    kinds = {}
+    for name in ("ours", "float32"):
+        made = contestant(name)
+        made.model.stem.register_forward_hook(lambda m, x, y, name=name: kinds.update({name: y.dtype}))
+        made.step(0.5)
+    assert kinds == {"ours": torch.bfloat16, "float32": torch.float32}
 
 
 def test_the_rate_of_ours_follows_the_clock(own_folders, monkeypatch):
@@ -212,7 +242,7 @@ def test_the_rate_of_ours_follows_the_clock(own_folders, monkeypatch):
     for made.steps, progress in ((0, 0.0), (1, 0.5), (9_000, 0.015), (9_000, 0.5), (9_000, 1.0), (18_000, 0.5)):
         made.step(progress)
     rise = training.learning_rate(0, 10**9, cfg)
-    assert seen[0] == rise <= cfg.lr and seen[2] == cfg.lr
+    assert seen[0] == rise <= cfg.lr and seen[2] == pytest.approx(cfg.lr, rel=1e-4)
     assert seen[4] == pytest.approx(cfg.lr * cfg.lr_floor, rel=1e-6)
     assert seen[3] == pytest.approx(training.learning_rate(5000, 10_000, cfg))
     assert seen[5] == pytest.approx(seen[3])  # twice as fast a machine, the same rate at the same time
@@ -485,16 +515,18 @@ def test_a_run_that_diverges_is_a_result_and_holds_nobody_up(bench, monkeypatch)
 
 
 def test_the_plan_measures_what_it_should(own_folders):
-    assert set(recipes.PLAN) == set(CONTESTANTS)
+    assert set(recipes.PLAN) == set(CONTESTANTS) - set(CHOICES)
+    assert set(recipes.CHOICES_PLAN) == {"ours", *CHOICES}
+    assert recipes.choose(recipes.CHOICES_PLAN, ["ours"], None, None) == {"ours": {120: [0, 1, 2]}}
     assert recipes.PLAN["ours"][300] == recipes.PLAN["sketch"][300] == [0, 1, 2]
     for slow in ("article", "diffusers"):
         assert set(recipes.PLAN[slow]) == {300, 600}
     for mark in (60, 120, 300, 600):
         assert all(mark in recipes.PLAN[name] for name in ("ours", "paper", "sketch"))
-    assert recipes.choose(None, None, None) == recipes.PLAN
-    assert recipes.choose(["ours"], [5, 7], None) == {"ours": {300: [0, 1, 2], 420: [0]}}
-    assert recipes.choose(["ours"], [1.67, 2.5], None) == {"ours": {100: [0], 150: [0]}}
-    assert recipes.choose(["sketch"], [5], [4]) == {"sketch": {300: [4]}}
+    assert recipes.choose(recipes.PLAN, None, None, None) == recipes.PLAN
+    assert recipes.choose(recipes.PLAN, ["ours"], [5, 7], None) == {"ours": {300: [0, 1, 2], 420: [0]}}
+    assert recipes.choose(recipes.PLAN, ["ours"], [2, 2.5], None) == {"ours": {120: [0], 150: [0]}}
+    assert recipes.choose(recipes.PLAN, ["sketch"], [5], [4]) == {"sketch": {300: [4]}}
 
 
 # --- the ruler

@@ -232,7 +232,7 @@ def test_the_article_with_its_own_optimizer_and_draw_of_timesteps(tmp_path, monk
     monkeypatch.setattr(train_command, "HELD_OUT", 8)
     monkeypatch.setattr(train_command, "SAMPLES", 4)
     assert command.main(["train", *words(recipe), "--out", str(tmp_path)]) == 0
-    assert {row["lr"] for row in rows(tmp_path)} == {"0.002"}
+    assert {row["lr"] for row in rows(tmp_path)} == {"0.003"}
     model, cfg = drawing.load_weights(str(tmp_path), "cpu")
     assert type(model).__name__ == "Article" and cfg == TrainConfig(**recipe)
 
@@ -525,7 +525,7 @@ def test_evaluate_refuses_what_has_no_floor_before_it_draws(whole, quick_classif
         ("train --dataset cifar", "dataset='cifar' is not known: choose one of"),
         ("train --model resnet", "model='resnet'"),
         ("train --widths", "widths is empty"),
-        ("train --widths 12", "groups=8 does not divide widths[0]=12"),
+        ("train --widths 10", "groups=4 does not divide widths[0]=10"),
         ("train --device tpu", "device 'tpu' is not here"),
         ("train --resume --out {tmp}/none", "no run to resume in"),
         ("train --dataset digits --out {tmp}/file/below", "Not a directory"),

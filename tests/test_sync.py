@@ -31,6 +31,7 @@ BUILT_IN = {
     "04_training": {
         "diffusion": ["velocity", "training_target", "predict_x0", "diffusion_loss"],
         "training": ["sample_timesteps", "train_step", "EMA", "learning_rate"],
+        "optimizer": ["orthogonalise", "Muon"],
     },
     "05_sampling": {
         "diffusion": ["q_posterior", "p_mean_variance", "p_sample"],

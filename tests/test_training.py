@@ -89,6 +89,18 @@ def test_every_timestep_is_drawn_equally_often(n, timesteps):
     assert chi_square < timesteps - 1 + 5 * math.sqrt(2 * (timesteps - 1))
 
 
+@pytest.mark.parametrize("n", [1, 32])
+def test_the_middle_is_drawn_with_its_density(n):
+    """6·s·(1 − s), whose integral up to s is 3s² − 2s³: counted against the exact share of each timestep."""
+    rng, draws, timesteps = torch.Generator().manual_seed(4), 20_000 // n, 20
+    t = torch.cat([training.sample_timesteps(n, timesteps, rng, middle=True) for _ in range(draws)])
+    edges = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
+    expected = len(t) * (3 * edges**2 - 2 * edges**3).diff()
+    chi_square = ((t.bincount(minlength=timesteps) - expected) ** 2 / expected).sum()
+    assert t.min() >= 0 and t.max() < timesteps
+    assert chi_square < timesteps - 1 + 5 * math.sqrt(2 * (timesteps - 1))
+
+
 def test_a_batch_of_t_holds_every_timestep_once_in_any_order():
     t = training.sample_timesteps(50, 50, torch.Generator().manual_seed(2))
     assert t.sort().values.tolist() == list(range(50)) and t.tolist() != list(range(50))
@@ -113,7 +125,7 @@ def test_every_image_is_seen_once_an_epoch(tiny, images, batch):
 
 
 def test_the_config_chooses_how_timesteps_are_drawn(fresh, monkeypatch):
-    seen = {"stratified": [], "uniform": []}
+    seen = {"stratified": [], "uniform": [], "middle": []}
     for draw, batches in seen.items():
         monkeypatch.setattr(
             training, "train_step", lambda *a, out=batches: out.append(a[4].tolist()) or torch.tensor(1.0)
@@ -126,6 +138,9 @@ def test_the_config_chooses_how_timesteps_are_drawn(fresh, monkeypatch):
     everyone = torch.tensor(seen["uniform"]).flatten().double()
     assert share < 0.25 and everyone.min() < 5 and everyone.max() > 94
     assert abs(everyone.mean() - 49.5) < 5 * 28.9 / math.sqrt(len(everyone))
+    # The density 6·s·(1 − s) has the variance 1/20; the range of 100 times adds 1/12 of a step.
+    middle = torch.tensor(seen["middle"]).flatten().double()
+    assert abs(middle.std() - 100 * math.sqrt(0.05)) < 2 and abs(middle.mean() - 49.5) < 2
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam"])

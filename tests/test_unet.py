@@ -37,7 +37,7 @@ def inputs(batch=2, channels=1, size=8, seed=0):
 
 
 def test_default_has_its_published_number_of_parameters():
-    assert sum(p.numel() for p in UNet().parameters()) == 672_388
+    assert sum(p.numel() for p in UNet().parameters()) == 829_348
 
 
 @pytest.mark.parametrize("size", [28, 32])

@@ -17,7 +17,7 @@ EXAMPLES = {
   {PROGRAM} train                                 the default
   {PROGRAM} train --dataset mnist --out my_run    another data set
   {PROGRAM} train --out my_run --resume           goes on exactly
-  {PROGRAM} train --schedule linear --target eps  the paper's way""",
+  {PROGRAM} train --schedule linear --target eps  much like DDPM""",
     "sample": f"""examples:
   {PROGRAM} sample                                 shipped weights
   {PROGRAM} sample --weights my_run --n 16         a run of your own

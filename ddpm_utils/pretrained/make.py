@@ -15,12 +15,11 @@ import torch
 from .. import data, runtime, training
 from ..config import TrainConfig
 from ..evaluation import class_probabilities, extract_features, train_classifier
-from ..unet import UNet
-from . import CLASSIFIER, FOLDER
+from . import CLASSIFIER, FOLDER, build
 
 RECIPES = {
-    "fashion_mnist": TrainConfig(dataset="fashion_mnist", epochs=16, batch_size=64, warmup_steps=200, ema_decay=0.999),
-    "mnist": TrainConfig(dataset="mnist", epochs=8, batch_size=64, warmup_steps=200, ema_decay=0.999),
+    "fashion_mnist": TrainConfig(dataset="fashion_mnist", epochs=8, ema_decay=0.998),
+    "mnist": TrainConfig(dataset="mnist", epochs=5, ema_decay=0.998),
 }
 CLASSIFIERS = {"fashion_mnist": {"epochs": 6, "shift": 1}, "mnist": {"epochs": 4, "shift": 2}}
 
@@ -31,7 +30,7 @@ def make(name: str) -> Path:
     device = runtime.pick_device()
     runtime.seed_everything(cfg.seed)
     train_set, test_set = _real_images(cfg.dataset)
-    state = training.TrainState(cfg, UNet(**cfg.network()), device)
+    state = training.TrainState(cfg, build(cfg), device)
     folder = runtime.ROOT / "checkpoints" / f"pretrained_{name}"
     minutes_file = folder / "minutes.json"
     minutes = 0.0
