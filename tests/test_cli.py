@@ -22,7 +22,7 @@ from test_config import OTHER
 from test_training import same
 
 from ddpm_utils import __main__ as command
-from ddpm_utils import config, data, distributed, evaluation, plots, pretrained, runtime, training
+from ddpm_utils import checkpoints, config, data, distributed, evaluation, plots, pretrained, runtime, training
 from ddpm_utils.cli import drawing, flags, losslog, progress
 from ddpm_utils.cli import sample as sample_command
 from ddpm_utils.cli import train as train_command
@@ -62,7 +62,7 @@ def error_of(capsys) -> str:
 
 
 def checkpoint(folder, name="last.pt") -> dict:
-    return training.read_checkpoint(folder / name)
+    return checkpoints.read(folder / name)
 
 
 @pytest.fixture(scope="module")
@@ -285,16 +285,16 @@ def test_a_diverged_run_ends_in_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_what_the_folder_does_not_take_is_saved_elsewhere(whole, tmp_path, monkeypatch, capsys):
-    save, folder, temporary = training.save_checkpoint, tmp_path / "run", tmp_path / "tmp"
+    save, folder, temporary = checkpoints.save, tmp_path / "run", tmp_path / "tmp"
     temporary.mkdir()
 
     def full(path, state):
         if path.parent == folder:
-            raise training.NotSaved("the disk is full")
+            raise checkpoints.NotSaved("the disk is full")
         return save(path, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_checkpoint", full)
+        patch.setattr(checkpoints, "save", full)
         patch.setattr("tempfile.tempdir", str(temporary))
         press_stop_at(patch, 9)
         assert train("--out", folder) == 2
@@ -309,9 +309,9 @@ def test_what_the_folder_does_not_take_is_saved_elsewhere(whole, tmp_path, monke
 
 def test_where_nothing_can_be_saved_that_is_said(tmp_path, monkeypatch, capsys):
     def full(path, state):
-        raise training.NotSaved("the disk is full")
+        raise checkpoints.NotSaved("the disk is full")
 
-    monkeypatch.setattr(training, "save_checkpoint", full)
+    monkeypatch.setattr(checkpoints, "save", full)
     assert train("--out", tmp_path, epochs=0.02) == 2
     assert re.search(
         r"error: neither .* nor .* takes the run's state at step 2", capsys.readouterr().err.splitlines()[-1]

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from ddpm_utils import config, data, evaluation, pretrained, runtime, training
+from ddpm_utils import checkpoints, config, data, evaluation, pretrained, runtime, training
 from ddpm_utils.pretrained import make
 from ddpm_utils.unet import UNet
 
@@ -36,7 +36,7 @@ def keep(cfg, model, name, steps=3, age=0):
     """A checkpoint of lesson 04 under the project's folder, `age` seconds old."""
     state = training.TrainState(cfg, model)
     state.step = steps
-    path = training.save_checkpoint(runtime.checkpoint_dir("lesson_04", name) / "last.pt", state)
+    path = checkpoints.save(runtime.checkpoint_dir("lesson_04", name) / "last.pt", state)
     os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
     return path
 

@@ -22,7 +22,7 @@ import torch  # noqa: E402
 from conftest import TINY  # noqa: E402
 from torch import nn  # noqa: E402
 
-from ddpm_utils import distributed, training  # noqa: E402
+from ddpm_utils import checkpoints, distributed, training  # noqa: E402
 from ddpm_utils.config import TrainConfig  # noqa: E402
 from ddpm_utils.training import TrainingDiverged, TrainState, train  # noqa: E402
 from ddpm_utils.unet import UNet  # noqa: E402
@@ -134,14 +134,14 @@ def dropout_resumed(folder):
         mine.append(record.loss)
         first.stopped = first.stopped or record.step == 9
     distributed.agree(stopped=first.step)  # process 0 has written its file
-    second = training.load_checkpoint(folder / "dropout" / "last.pt", state_of(config(dropout=0.3), weights=1))
+    second = checkpoints.load(folder / "dropout" / "last.pt", state_of(config(dropout=0.3), weights=1))
     torch.manual_seed(99)
     out = run(second)
     return out | {"losses": mine + out["losses"], "state": everything(second), "first": first.step}
 
 
 def resumed_from_one(folder):
-    state = training.load_checkpoint(folder / "one" / "last.pt", state_of(config(), weights=1))
+    state = checkpoints.load(folder / "one" / "last.pt", state_of(config(), weights=1))
     return run(state)
 
 
@@ -173,20 +173,20 @@ def weight_without_loss(folder):
 def disk_full(folder):
     """The disk fills at step 12: one warning a save, all steps done, and process 0 says at the end what is missing."""
     state = state_of(config())
-    whole, full = training.os.fsync, OSError(28, "No space left on device")
+    whole, full = checkpoints.os.fsync, OSError(28, "No space left on device")
 
     def fsync(number):
         if state.step > 10:
             raise full
         whole(number)
 
-    training.os.fsync = fsync
+    checkpoints.os.fsync = fsync
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            said = message(training.NotSaved, state, folder=folder / "full", evaluate_every=6)
+            said = message(checkpoints.NotSaved, state, folder=folder / "full", evaluate_every=6)
     finally:
-        training.os.fsync = whole
+        checkpoints.os.fsync = whole
     return said, [str(one.message) for one in caught if one.category is RuntimeWarning], state.step
 
 
@@ -310,7 +310,7 @@ def test_process_0_alone_measures_and_writes(one, two):
 def test_a_stop_in_one_process_stops_both_with_one_file(one, two):
     for seen in two:
         assert seen["stop_in_one"]["stopped"] and seen["stop_in_one"]["steps"] == [1, 2, 3, 4, 5]
-    payload = training.read_checkpoint(one["folder"] / "stopped" / "last.pt")
+    payload = checkpoints.read(one["folder"] / "stopped" / "last.pt")
     assert torch.equal(flat(payload["ema"]), flat(two[1]["stop_in_one"]["state"]["ema"])) and payload["step"] == 5
 
 
@@ -321,7 +321,7 @@ def test_the_loop_of_one_process_can_end_both(two):
 def test_nan_in_one_process_stops_both_at_that_step(one, two):
     for seen in two:
         assert "loss=nan at step 7 of digits-v-" in seen["nan_in_one"] and "nan/last.pt" in seen["nan_in_one"]
-    assert training.read_checkpoint(one["folder"] / "nan" / "last.pt")["step"] == 6
+    assert checkpoints.read(one["folder"] / "nan" / "last.pt")["step"] == 6
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(two):
@@ -346,7 +346,7 @@ def test_every_process_has_its_own_dropout(two):
 
 def test_a_run_goes_on_in_another_number_of_processes(one, two):
     assert all(close(seen["resumed_from_one"]["losses"], one["plain"]["losses"][9:]) for seen in two)
-    state = training.load_checkpoint(one["folder"] / "stopped" / "last.pt", state_of(config(), weights=1))
+    state = checkpoints.load(one["folder"] / "stopped" / "last.pt", state_of(config(), weights=1))
     assert close(run(state)["losses"], one["plain"]["losses"][5:])
 
 
@@ -359,7 +359,7 @@ def test_a_full_disk_does_not_part_the_processes(one, two):
     assert "the run ended at step 24, but full/last.pt was not written (No space left on device)" in said
     assert [text.split(":")[0] for text in warned] == ["step 12", "step 18", "step 24"] and step == STEPS
     assert tuple(two[1]["disk_full"]) == ("nothing was raised", [], STEPS)
-    assert training.read_checkpoint(one["folder"] / "full" / "last.pt")["step"] == 6
+    assert checkpoints.read(one["folder"] / "full" / "last.pt")["step"] == 6
 
 
 # Outside torchrun, and with interference
@@ -389,7 +389,7 @@ def interfered(folder: Path):
 
 def resumes(folder: Path) -> int:
     """The step at which one process picks up the file, after it has trained one step from there."""
-    state = training.load_checkpoint(folder / "last.pt", state_of(config(epochs=1e5), weights=1))
+    state = checkpoints.load(folder / "last.pt", state_of(config(epochs=1e5), weights=1))
     step = state.step
     assert next(train(state, IMAGES, labels=LABELS)).step == step + 1
     return step

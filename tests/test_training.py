@@ -19,7 +19,7 @@ import torch
 from conftest import TINY
 from torch import nn
 
-from ddpm_utils import diffusion, training
+from ddpm_utils import checkpoints, diffusion, training
 from ddpm_utils.config import TrainConfig
 from ddpm_utils.training import EMA, NotSaved, TrainingDiverged, TrainState, train
 from ddpm_utils.unet import UNet
@@ -351,7 +351,7 @@ def test_nan_stops_the_run_names_the_step_and_leaves_the_last_good_file(fresh, t
             records.append(record)
     assert len(records) == 7
     if saved:
-        payload = training.read_checkpoint(tmp_path / "last.pt")
+        payload = checkpoints.read(tmp_path / "last.pt")
         assert payload["step"] == 6 and all(w.isfinite().all() for w in payload["model"].values())
 
 
@@ -361,7 +361,7 @@ def test_weights_that_are_not_finite_are_never_written_over_good_ones(fresh, tmp
     at_forward(state.model, 7, lambda module, out: out.register_hook(lambda gradient: gradient * math.inf) and None)
     with pytest.raises(TrainingDiverged):
         run(state, folder=tmp_path, evaluate_every=1)
-    payload = training.read_checkpoint(tmp_path / "last.pt")
+    payload = checkpoints.read(tmp_path / "last.pt")
     assert payload["step"] == 7 and all(w.isfinite().all() for w in (payload["model"] | payload["ema"]).values())
 
 
@@ -373,7 +373,7 @@ def test_an_enormous_loss_stops_the_run_and_the_message_names_step_config_and_fi
         run(state, folder=tmp_path, evaluate_every=3)
     loss = "1e+12" if factor == 1e6 else "inf"
     assert f"loss={loss} at step 7 of {state.cfg.run_name()} (lr=0.005, batch_size=4, " in str(error.value)
-    assert training.read_checkpoint(tmp_path / "last.pt")["step"] == 6
+    assert checkpoints.read(tmp_path / "last.pt")["step"] == 6
     assert len(str(error.value)) < 300
 
 
@@ -425,7 +425,7 @@ def test_a_loss_that_is_read_late_is_found_at_its_own_step_and_never_saved(fresh
     with pytest.raises(TrainingDiverged, match="loss=nan at step 7 "):
         run(state, folder=tmp_path if folder else None, evaluate_every=5)
     if folder:
-        assert training.read_checkpoint(tmp_path / "last.pt")["step"] == 5
+        assert checkpoints.read(tmp_path / "last.pt")["step"] == 5
 
 
 def test_a_stop_reads_what_was_not_read_before_it_saves(fresh, tmp_path):
@@ -435,7 +435,7 @@ def test_a_stop_reads_what_was_not_read_before_it_saves(fresh, tmp_path):
     with pytest.raises(TrainingDiverged, match="at step 7 "):
         for record in train(state, IMAGES, folder=tmp_path, evaluate_every=5):
             state.stopped = record.step == 9
-    assert training.read_checkpoint(tmp_path / "last.pt")["step"] == 5
+    assert checkpoints.read(tmp_path / "last.pt")["step"] == 5
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -467,7 +467,7 @@ def test_the_stop_button_keeps_weights_and_writes_them(fresh, tmp_path, moment):
             press_stop()
     assert state.stopped and state.step == len(records) == 5
     assert signal.getsignal(signal.SIGINT) is before
-    payload = training.read_checkpoint(tmp_path / "last.pt")
+    payload = checkpoints.read(tmp_path / "last.pt")
     assert payload["step"] == 5 and same(payload["model"], state.model.state_dict())
 
 
@@ -526,7 +526,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(fresh, tmp_path, way
     if way == "new state":
         state = fresh(weights=1, dropout=dropout)
         torch.manual_seed(99)
-        training.load_checkpoint(tmp_path / "last.pt", state)
+        checkpoints.load(tmp_path / "last.pt", state)
     records += run(state, folder=tmp_path, **arguments)
 
     assert [record.loss for record in records] == losses and state.step == STEPS
@@ -545,9 +545,9 @@ def test_a_run_that_is_interrupted_twice(fresh, tmp_path):
         at_forward(state.model, stop - state.step - 1, press_stop)
         run(state, folder=tmp_path)
         assert state.stopped and state.step == stop
-        state = training.load_checkpoint(tmp_path / "last.pt", fresh(weights=stop, dropout=0.2))
+        state = checkpoints.load(tmp_path / "last.pt", fresh(weights=stop, dropout=0.2))
         torch.manual_seed(stop)
-        training.load_checkpoint(tmp_path / "last.pt", state)
+        checkpoints.load(tmp_path / "last.pt", state)
     run(state)
     assert same(everything(state), everything(whole))
 
@@ -616,7 +616,7 @@ def interrupt(patch, state, point: str, action) -> None:
     elif point == "measuring":
         state.ema.model.register_forward_pre_hook(now)
     elif point == "half written":
-        patch.setattr(training, "open", lambda *a: Halved(builtins.open(*a)), raising=False)
+        patch.setattr(checkpoints, "open", lambda *a: Halved(builtins.open(*a)), raising=False)
     elif point == "before the flush":
         patch.setattr(os, "fsync", around(os.fsync))
     elif point == "before the renaming":
@@ -708,12 +708,12 @@ def test_an_interrupted_run_goes_on_bit_for_bit_from_a_whole_file(tmp_path, poin
             interrupted(state, folder, point, lambda: 1 / 0)
     else:
         folder = request.getfixturevalue("killed") / point
-    left = training.read_checkpoint(folder / "last.pt")["step"]
+    left = checkpoints.read(folder / "last.pt")["step"]
     assert left == POINTS[point][way == "signal"]
 
-    state = training.load_checkpoint(folder / "last.pt", a_run(1))
+    state = checkpoints.load(folder / "last.pt", a_run(1))
     torch.manual_seed(77)
-    training.load_checkpoint(folder / "last.pt", state)
+    checkpoints.load(folder / "last.pt", state)
     losses |= {record.step: record.loss for record in train(state, IMAGES, HELD_OUT, folder, EVERY)}
     whole, end = in_peace
     assert {step: loss for step, loss in whole.items() if step in losses} == losses and max(losses) == STEPS
@@ -758,8 +758,8 @@ def test_loss_per_timestep_meets_the_timesteps_it_is_given(fresh):
 def test_a_checkpoint_comes_back_whole_and_alone(fresh, tmp_path):
     state = fresh()
     run(state)
-    path = training.save_checkpoint(tmp_path / "new" / "folder" / "last.pt", state)
-    other = training.load_checkpoint(path, fresh(weights=1))
+    path = checkpoints.save(tmp_path / "new" / "folder" / "last.pt", state)
+    other = checkpoints.load(path, fresh(weights=1))
     assert same(everything(other), everything(state)) and list(path.parent.iterdir()) == [path]
 
 
@@ -767,15 +767,15 @@ def test_best_is_kept_beside_last(fresh, tmp_path):
     state = fresh(epochs=4)
     records = run(state, held_out=HELD_OUT, folder=tmp_path, evaluate_every=6)
     measured = {record.step: record.held_out for record in records if record.held_out is not None}
-    best = training.read_checkpoint(tmp_path / "best.pt")
+    best = checkpoints.read(tmp_path / "best.pt")
     assert best["best"] == min(measured.values()) == state.best and measured[best["step"]] == state.best
-    assert training.read_checkpoint(tmp_path / "last.pt")["step"] == state.step
+    assert checkpoints.read(tmp_path / "last.pt")["step"] == state.step
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".pt") == ["best.pt", "last.pt"]
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_no_litter(fresh, tmp_path, monkeypatch):
     state = fresh()
-    path = training.save_checkpoint(tmp_path / "last.pt", state)
+    path = checkpoints.save(tmp_path / "last.pt", state)
     before = path.read_bytes()
 
     def full_disk(payload, file):
@@ -784,7 +784,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_litter(fresh, tmp_path, mo
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="no space"):
-        training.save_checkpoint(path, state)
+        checkpoints.save(path, state)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir() if p.suffix != ""] == ["last.pt"]
 
 
@@ -793,7 +793,10 @@ def fill_disk(patch, *names, steps=range(10**9), state=None):
     whole = builtins.open
     full = []
     patch.setattr(
-        training, "open", lambda path, *a: full.append(path.name.split(".pt")[0][1:]) or whole(path, *a), raising=False
+        checkpoints,
+        "open",
+        lambda path, *a: full.append(path.name.split(".pt")[0][1:]) or whole(path, *a),
+        raising=False,
     )
 
     def fsync(number):
@@ -814,7 +817,7 @@ def test_a_failed_save_is_a_warning_and_tried_again(fresh, tmp_path, monkeypatch
     ]
     assert "No space left on device" in str(caught[0].message) and caught[0].filename == __file__
     assert len(records) == STEPS and same(everything(state), everything(plain)) and state.unsaved is None
-    assert training.read_checkpoint(tmp_path / "last.pt")["step"] == STEPS
+    assert checkpoints.read(tmp_path / "last.pt")["step"] == STEPS
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["last.pt"]
 
 
@@ -830,10 +833,10 @@ def test_a_run_whose_last_save_fails_says_so_and_can_be_saved_elsewhere(fresh, t
                 state.stopped = end == "stop" and record.step == 8
     assert len(records) == state.step == last
     assert f"the run ended at step {last}, but run/last.pt was not written (No space left" in str(error.value)
-    assert "save_checkpoint with another path" in str(error.value) and len(str(error.value)) < 250
-    assert training.read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
-    training.save_checkpoint(tmp_path / "elsewhere" / "last.pt", state)
-    other = training.load_checkpoint(tmp_path / "elsewhere" / "last.pt", fresh(weights=1))
+    assert "checkpoints.save with another path" in str(error.value) and len(str(error.value)) < 250
+    assert checkpoints.read(tmp_path / "run" / "last.pt")["step"] == 3
+    checkpoints.save(tmp_path / "elsewhere" / "last.pt", state)
+    other = checkpoints.load(tmp_path / "elsewhere" / "last.pt", fresh(weights=1))
     assert same(everything(other), everything(state))
     assert [r.step for r in run(state, folder=tmp_path / "run")] == list(range(last + 1, STEPS + 1))  # no old complaint
 
@@ -846,7 +849,7 @@ def test_a_best_that_was_not_written_is_not_the_best(fresh, tmp_path, monkeypatc
     with pytest.warns(RuntimeWarning, match="step 12: .*best.pt was not written"):
         bests = [(record.step, state.best) for record in train(state, IMAGES, HELD_OUT, tmp_path, 6) if record.held_out]
     assert bests == [(6, 0.5), (12, 0.5), (18, 0.45), (24, 0.3)]
-    assert training.read_checkpoint(tmp_path / "best.pt")["step"] == 24
+    assert checkpoints.read(tmp_path / "best.pt")["step"] == 24
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(fresh, tmp_path, monkeypatch):
@@ -856,7 +859,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(fre
         with pytest.raises(NotSaved, match=r"cannot be written to \(.+\): choose another folder"):
             run(state, folder=folder)
         with pytest.raises(NotSaved, match="was not written"):
-            training.save_checkpoint(folder / "last.pt", state)
+            checkpoints.save(folder / "last.pt", state)
 
     def read_only(**_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -873,7 +876,7 @@ sys.path[:0] = sys.argv[1:3]
 import test_training as t
 disk, plain = t.Path(sys.argv[3]), t.a_run(0)
 t.run(plain)
-whole = t.training.save_checkpoint(disk.parent / "size.pt", plain).stat().st_size
+whole = t.checkpoints.save(disk.parent / "size.pt", plain).stat().st_size
 mount = ["mount", "-t", "tmpfs", "-o", f"size={whole * 5 // 2 // 1024}k", "none", str(disk)]
 if subprocess.run(mount).returncode:
     sys.exit(77)
@@ -891,10 +894,10 @@ for what in ("full", "read-only"):
         print(error)
     assert len(caught) == 2, caught
     assert t.same(t.everything(trained), t.everything(plain))
-    assert t.training.read_checkpoint(disk / "last.pt")["step"] == 4
+    assert t.checkpoints.read(disk / "last.pt")["step"] == 4
     assert not list(disk.glob(".*"))
     (disk / "other").unlink(missing_ok=True) if what == "full" else None
-    t.training.save_checkpoint(disk.parent / "elsewhere.pt", trained)
+    t.checkpoints.save(disk.parent / "elsewhere.pt", trained)
 try:
     t.run(t.a_run(0), folder=disk)
 except t.NotSaved as error:
@@ -932,14 +935,14 @@ def test_litter_of_the_dead_is_removed_and_nothing_else(fresh, tmp_path):
     litter = [f".last.pt.{dead.pid}.part", f".last.pt.{os.getpid()}.part"]
     for name in (*keep, *litter):
         (tmp_path / name).write_bytes(b"half")
-    training.save_checkpoint(tmp_path / "last.pt", fresh())
+    checkpoints.save(tmp_path / "last.pt", fresh())
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {*keep, "last.pt"}
 
 
 KILL = """
 import os, random, signal, sys, time
 from pathlib import Path
-from ddpm_utils import config, training, unet
+from ddpm_utils import checkpoints, config, training, unet
 path = Path(sys.argv[1])
 cfg = config.TrainConfig(widths=(64,), blocks=1, attention_levels=(), time_dim=64, dataset="digits")
 state = training.TrainState(cfg, unet.UNet(**cfg.network()))
@@ -950,7 +953,7 @@ for trial in range(5):
     child = os.fork()
     while child == 0:
         state.step += 1
-        training.save_checkpoint(path, state)
+        checkpoints.save(path, state)
         os.write(writer, b".")
     os.close(writer)
     saved = len(os.read(reader, 1))
@@ -960,7 +963,7 @@ for trial in range(5):
     while told := len(os.read(reader, 4096)):
         saved += told
     os.close(reader)
-    training.load_checkpoint(path, state)
+    checkpoints.load(path, state)
     assert len(list(path.parent.glob("*.part"))) <= 1, "each save removes what was left of the one before"
     assert saved <= state.step <= saved + 1, (trial, saved, state.step)
     print(state.step)
@@ -979,7 +982,7 @@ def test_kill_9_during_a_save_loses_nothing(tmp_path):
 
 @pytest.fixture
 def saved(fresh, tmp_path):
-    return training.save_checkpoint(tmp_path / "run" / "last.pt", fresh())
+    return checkpoints.save(tmp_path / "run" / "last.pt", fresh())
 
 
 class Bomb:
@@ -1008,7 +1011,7 @@ SPOIL = {
     "no weights": lambda path: torch.save(dict(list(torch.load(path).items())[:3]), path),
     "weights of another network": lambda path: torch.save(torch.load(path) | {"model": {"a": torch.zeros(1)}}, path),
     "a whole module": lambda path: torch.save(nn.Linear(1, 1), path),
-    "another schema": lambda path: torch.save(torch.load(path) | {"schema": training.SCHEMA + 1}, path),
+    "another schema": lambda path: torch.save(torch.load(path) | {"schema": checkpoints.SCHEMA + 1}, path),
 }
 
 
@@ -1018,14 +1021,14 @@ def test_a_damaged_or_foreign_file_is_refused_and_changes_nothing(fresh, saved, 
     state = fresh(weights=1)
     before, chance = copied(state), torch.get_rng_state()
     with pytest.raises(ValueError, match="last.pt"):
-        training.load_checkpoint(saved, state)
+        checkpoints.load(saved, state)
     assert same(everything(state), before) and torch.equal(torch.get_rng_state(), chance)
 
 
 def test_the_schema_is_named_on_both_sides(saved):
     SPOIL["another schema"](saved)
-    with pytest.raises(ValueError, match=f"schema {training.SCHEMA + 1}, this version reads {training.SCHEMA}"):
-        training.read_checkpoint(saved)
+    with pytest.raises(ValueError, match=f"schema {checkpoints.SCHEMA + 1}, this version reads {checkpoints.SCHEMA}"):
+        checkpoints.read(saved)
 
 
 def test_no_code_from_a_file_is_run(tmp_path):
@@ -1033,7 +1036,7 @@ def test_no_code_from_a_file_is_run(tmp_path):
     for name, write in {"torch": torch.save, "pickle": lambda x, p: p.write_bytes(pickle.dumps(x))}.items():
         write({"schema": 1, "config": {}, "model": Bomb(proof)}, tmp_path / name)
         with pytest.raises(ValueError, match="no whole checkpoint"), warnings.catch_warnings(action="ignore"):
-            training.read_checkpoint(tmp_path / name)
+            checkpoints.read(tmp_path / name)
     assert not proof.exists()
 
 
@@ -1041,23 +1044,23 @@ def test_no_code_from_a_file_is_run(tmp_path):
 def test_no_checkpoint_there(fresh, tmp_path, make):
     make(tmp_path / "last.pt")
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*last.pt.*train first"):
-        training.load_checkpoint(tmp_path / "last.pt", fresh())
+        checkpoints.load(tmp_path / "last.pt", fresh())
 
 
 def test_another_config_is_refused_with_every_field_that_differs(fresh, saved):
     state = fresh(weights=1, lr=1e-3, target="eps", timesteps=200)
     before = copied(state)
     with pytest.raises(ValueError, match="does not match run/last.pt") as error:
-        training.load_checkpoint(saved, state)
+        checkpoints.load(saved, state)
     for words in ("lr: 0.001 against 0.005", "target: 'eps' against 'v'", "timesteps: 200 against 100"):
         assert words in str(error.value)
     assert "seed" not in str(error.value) and same(everything(state), before)
 
 
 def test_not_strict_asks_only_for_what_the_weights_mean(fresh, saved):
-    training.load_checkpoint(saved, fresh(weights=1, lr=1e-3, seed=5), strict=False)
+    checkpoints.load(saved, fresh(weights=1, lr=1e-3, seed=5), strict=False)
     with pytest.raises(ValueError, match="timesteps: 200 against 100"):
-        training.load_checkpoint(saved, fresh(lr=1e-3, timesteps=200), strict=False)
+        checkpoints.load(saved, fresh(lr=1e-3, timesteps=200), strict=False)
 
 
 def test_a_field_of_another_version_is_named(fresh, saved):
@@ -1065,7 +1068,7 @@ def test_a_field_of_another_version_is_named(fresh, saved):
     payload["config"]["sharpness"] = 3
     torch.save(payload, saved)
     with pytest.raises(ValueError, match="sharpness.*another version"):
-        training.load_checkpoint(saved, fresh())
+        checkpoints.load(saved, fresh())
 
 
 def test_a_record_is_read_only(fresh):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import config, pretrained, sampling, training
+from .. import checkpoints, config, pretrained, sampling
 from ..config import TrainConfig
 from ..schedules import make_schedule
 from .progress import Progress
@@ -26,10 +26,10 @@ def load_weights(what: str, device) -> tuple[nn.Module, TrainConfig]:
         names = ", ".join(pretrained.names())
         raise FileNotFoundError(f"no weights {what!r}: give a run's folder, a checkpoint, or one of {names}")
     path = path / "last.pt" if path.is_dir() else path
-    payload = training.read_checkpoint(path)
+    payload = checkpoints.read(path)
     cfg = config.from_dict(payload["config"])
     model = pretrained.build(cfg)
-    training.check_weights(path, payload.get("ema"), model)
+    checkpoints.check_weights(path, payload.get("ema"), model)
     model.load_state_dict(payload["ema"])
     return model.to(device, memory_format=torch.channels_last).eval(), cfg
 

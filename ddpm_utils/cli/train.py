@@ -14,7 +14,7 @@ import imageio.v3 as iio
 import torch
 import torch.distributed as dist
 
-from .. import config, data, distributed, plots, pretrained, runtime, training
+from .. import checkpoints, config, data, distributed, plots, pretrained, runtime, training
 from ..config import TrainConfig
 from . import drawing, flags
 from .losslog import LossLog
@@ -99,7 +99,7 @@ def saved_config(folder: Path) -> TrainConfig:
     last, written = folder / "last.pt", folder / "config.json"
     if not last.is_file() and not written.is_file():
         raise FileNotFoundError(f"no run to resume in {folder}: it has neither last.pt nor config.json")
-    cfg = config.from_dict(training.read_checkpoint(last)["config"]) if last.is_file() else None
+    cfg = config.from_dict(checkpoints.read(last)["config"]) if last.is_file() else None
     if not written.is_file():
         return cfg
     try:
@@ -144,7 +144,7 @@ def begin(cfg: TrainConfig, folder: Path, train_set: data.ImageSet, device, resu
         y = torch.zeros(1, dtype=torch.long, device=device) if cfg.num_classes else None
         state.ema.model(x, torch.zeros(1, dtype=torch.long, device=device), y)
     if resume and (folder / "last.pt").is_file():
-        training.load_checkpoint(folder / "last.pt", state)
+        checkpoints.load(folder / "last.pt", state)
     if distributed.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / ".config.json.part"
@@ -184,7 +184,7 @@ def run_loop(state: training.TrainState, folder: Path, images, held_out, labels,
             if record.held_out is not None:
                 so_far, left = f"{record.step:,}".rjust(len(f"{total:,}")), clock(progress.left(record.step))
                 progress.note(f"step {so_far}/{total:,}  {words}  held-out loss {record.held_out:.4f}  {left} left")
-    except training.NotSaved as error:
+    except checkpoints.NotSaved as error:
         if state.step == first:
             raise
         save_elsewhere(state, folder, error)
@@ -207,15 +207,15 @@ def write_rows(fresh: list[training.StepRecord], log: LossLog, board) -> None:
     fresh.clear()
 
 
-def save_elsewhere(state: training.TrainState, folder: Path, error: training.NotSaved) -> None:
+def save_elsewhere(state: training.TrainState, folder: Path, error: checkpoints.NotSaved) -> None:
     """Raise NotSaved that says where the state is now, which `folder` did not take."""
     try:
-        path = training.save_checkpoint(Path(tempfile.mkdtemp(prefix="ddpm_run_")) / "last.pt", state)
+        path = checkpoints.save(Path(tempfile.mkdtemp(prefix="ddpm_run_")) / "last.pt", state)
     except OSError:
-        raise training.NotSaved(
+        raise checkpoints.NotSaved(
             f"neither {folder} nor {tempfile.gettempdir()} takes the run's state at step {state.step}: {error}"
         ) from error
-    raise training.NotSaved(
+    raise checkpoints.NotSaved(
         f"{folder} does not take the run's state at step {state.step} ({error}). It is saved as {path}: "
         f"copy it to {folder / 'last.pt'}, then --resume goes on exactly"
     ) from error

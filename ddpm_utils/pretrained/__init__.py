@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .. import data, gallery, runtime, training
+from .. import checkpoints, data, gallery, runtime, training
 from ..config import TrainConfig, from_dict
 from ..evaluation import Classifier, train_classifier
 from ..unet import UNet
@@ -57,7 +57,7 @@ def _read_weights(name: str, model: torch.nn.Module) -> None:
         raise ValueError(
             f"{path.name} is damaged ({type(error).__name__}): take it from the repository again"
         ) from error
-    training.check_weights(path, weights, model)
+    checkpoints.check_weights(path, weights, model)
     model.load_state_dict(weights)
 
 
@@ -78,10 +78,10 @@ def obtain(cfg: TrainConfig, device="cpu", seconds: float = 60.0) -> torch.nn.Mo
     )
     for path in files:
         try:
-            payload = training.read_checkpoint(path)
+            payload = checkpoints.read(path)
             if cfg.differences(from_dict(payload["config"])):
                 continue
-            training.check_weights(path, payload.get("ema"), model)
+            checkpoints.check_weights(path, payload.get("ema"), model)
         except ValueError as error:
             print(f"weights: passed over {runtime.short_path(path)}: {error}")
             continue

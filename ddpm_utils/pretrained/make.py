@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .. import data, runtime, training
+from .. import checkpoints, data, runtime, training
 from ..config import TrainConfig
 from ..evaluation import class_probabilities, extract_features, train_classifier
 from . import CLASSIFIER, FOLDER, build
@@ -35,7 +35,7 @@ def make(name: str) -> Path:
     minutes_file = folder / "minutes.json"
     minutes = 0.0
     if (folder / "last.pt").is_file():
-        training.load_checkpoint(folder / "last.pt", state)
+        checkpoints.load(folder / "last.pt", state)
         minutes = json.loads(minutes_file.read_text())
         print(f"{name}: goes on from step {state.step}, after {minutes:.1f} minutes")
     start = time.perf_counter() - 60 * minutes
