@@ -21,7 +21,8 @@ class NotSaved(OSError):
 def save(path: Path | str, state) -> Path:
     """Write one file with all of `state`, a `training.TrainState`, and return its path.
 
-    It is written under a temporary name, flushed to disk, then renamed, so that `path` is always whole. Raises NotSaved if it cannot be written; what was there before stays.
+    It is written under a temporary name, flushed to disk, then renamed, so that `path` is always whole. Raises NotSaved if
+    it cannot be written; what was there before stays.
     """
     path = Path(path)
     payload = {
