@@ -34,10 +34,10 @@ class TrainingDiverged(RuntimeError):
 
 def sample_timesteps(n: int, timesteps: int, generator: torch.Generator | None = None, device="cpu",
                      middle: bool = False) -> Tensor:  # fmt: skip
-    """n timesteps, each uniform on 0 … T−1 as in Algorithm 1, but one from each n-th part of the range (VDM, 2107.00630, I.1).
+    """n timesteps, one from each n-th part of 0 … T−1 (VDM, 2107.00630, I.1): each uniform, or with `middle` on a hill.
 
-    Spreading a batch evenly leaves the expected loss as it is and takes most of the luck out of its value. `middle` draws
-    s = t/T with density 6·s·(1 − s) instead (as 2403.03206, 3.1, favours the middle): a weighted loss, better pictures sooner.
+    Uniform as in Algorithm 1: spreading a batch evenly leaves the expected loss as it is and takes most of the luck out of its
+    value. On the hill, s = t/T has the density 6·s·(1 − s), a weighted loss (as 2403.03206, 3.1): better pictures sooner.
     """
     u = torch.rand(n, generator=generator, device=device)
     part = torch.randperm(n, generator=generator, device=device)
