@@ -63,9 +63,8 @@ def _remove_litter(path: Path) -> None:
     """Delete the unfinished files of saves to `path` whose process was killed."""
     for part in path.parent.glob(f".{path.name}.*.part"):
         pid = part.suffixes[-2][1:]
-        with contextlib.suppress(
-            OSError
-        ):  # Windows keeps a file that is being written, and `kill` means something else there
+        # Windows keeps a file that is being written, and `kill` means something else there.
+        with contextlib.suppress(OSError):
             if os.name == "posix" and pid.isdigit():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), 0)  # only asks whether it lives

@@ -11,9 +11,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "") not in ("", "0")
+
+
 def is_fast() -> bool:
     """True when `DDPM_FAST=1`: everything runs, on sizes that finish in seconds and pictures that mean nothing."""
-    return os.environ.get("DDPM_FAST", "") not in ("", "0")
+    return _is_on("DDPM_FAST")
 
 
 def shrink(full, fast):
@@ -56,7 +60,7 @@ def autocast(device: torch.device | str):
     That is NVIDIA from compute capability 8 on, and CPUs with AVX512-BF16 or AMX (Zen 4, Sapphire Rapids and newer).
     """
     device = torch.device(device)
-    if os.environ.get("DDPM_FLOAT32", "") not in ("", "0"):
+    if _is_on("DDPM_FLOAT32"):
         return contextlib.nullcontext()
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
         return torch.autocast("cuda", dtype=torch.bfloat16)
