@@ -2,9 +2,14 @@
 
 from torch import nn
 
+from .anime import Anime
 from .article import Article
+from .guide import Guide
+from .mnist32 import Mnist32
 
-NETWORKS = {"article": Article}
+NETWORKS = {"anime": Anime, "article": Article, "guide": Guide, "mnist32": Mnist32}
+ANY_CHANNELS = ("anime", "guide")  # the others were published for grey images alone
+HAVE_A_TABLE = ("article", "mnist32")  # of times, with as many rows as the schedule
 
 
 def names() -> list[str]:
@@ -12,8 +17,17 @@ def names() -> list[str]:
     return sorted(NETWORKS)
 
 
-def build(name: str, **settings) -> nn.Module:
-    """The network `name` with fresh weights; `settings` go to its class. Raises ValueError that lists the names there are."""
+def build(name: str, timesteps: int = 1000, channels: int | None = None, **settings) -> nn.Module:
+    """The network `name` with fresh weights; `settings` go to its class. Without `channels`, as many as were published.
+
+    Raises ValueError on a name that is none, with the names there are, and on a number of channels the network cannot take.
+    """
     if name not in NETWORKS:
         raise ValueError(f"no network {name!r} in the gallery: choose from {', '.join(map(repr, names()))}")
+    if name in HAVE_A_TABLE:
+        settings["timesteps"] = timesteps
+    if channels is not None and name in ANY_CHANNELS:
+        settings["channels"] = channels
+    elif channels not in (None, 1):
+        raise ValueError(f"channels={channels}: the network {name!r} was published for grey images, with 1 channel")
     return NETWORKS[name](**settings)
