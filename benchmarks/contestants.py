@@ -161,8 +161,9 @@ class Ours(Training):
 
     @classmethod
     def describe(cls, device: torch.device, compiled: bool) -> str:
-        cfg = cls.config(device).replace(epochs=1.0)  # the clock says when the run ends
-        return f"{json.dumps(cfg.to_dict())} in {cls.precision(device)}" + " compiled" * compiled
+        fields = cls.config(device).replace(epochs=1.0).to_dict()  # the clock says when the run ends
+        del fields["label_drop"]  # no contestant is told labels
+        return f"{json.dumps(fields)} in {cls.precision(device)}" + " compiled" * compiled
 
     @classmethod
     def precision(cls, device: torch.device) -> torch.dtype:

@@ -8,12 +8,18 @@ from dataclasses import dataclass
 DATASETS = ("fashion_mnist", "mnist", "digits")
 SCHEDULES = ("linear", "cosine")
 TARGETS = ("eps", "x0", "v")
-MODELS = ("unet", "article")  # ours, and the members of `gallery`, which is too heavy to be asked here
+MODELS = (
+    "unet",
+    "anime",
+    "article",
+    "guide",
+    "mnist32",
+)  # ours, and those of `gallery`, which is too heavy to be asked here
 OPTIMIZERS = ("muon", "adamw", "adam")
 DRAWS = ("middle", "stratified", "uniform")
 
 # Fields that files of an earlier version lack, and what those files meant; the defaults may move on.
-ADDED = {"model": "unet", "timestep_draw": "stratified", "optimizer": "adamw"}
+ADDED = {"model": "unet", "timestep_draw": "stratified", "optimizer": "adamw", "label_drop": 0.0}
 
 # The setting of DDPM (2006.11239): its schedule, what its network predicts, and how Algorithm 1 draws t.
 PAPER = {"schedule": "linear", "target": "eps", "timestep_draw": "uniform"}
@@ -42,7 +48,9 @@ class TrainConfig:
     beta_scale: float = 1.0  # multiplies the linear betas, 0.001 … 1000; 1000 / T keeps the noise of T = 1000
     target: str = "v"  # what the network predicts, "eps", "x0" or "v"
     # network
-    model: str = "unet"  # "unet", which the fields of this part describe, or a member of the gallery: "article"
+    model: str = (
+        "unet"  # "unet", described by the fields below, or from the gallery "anime", "article", "guide" or "mnist32"
+    )
     widths: tuple[int, ...] = (48, 64)  # channels of each level, multiples of `groups`
     blocks: int = 2  # residual blocks a level, down and up, 1 … 8
     attention_levels: tuple[int, ...] = (1,)  # levels (0 is the finest) with self-attention; may be empty
@@ -55,6 +63,7 @@ class TrainConfig:
     # optimisation
     epochs: float = 1.5  # passes over the training images, 1e-6 … 1e5, may be a fraction
     batch_size: int = 32  # images a step, 1 … 4096
+    label_drop: float = 0.1  # share of the labels that training withholds, so that the network can do without, 0 … 1
     timestep_draw: str = "middle"  # in a batch: "middle" (spread, ends rare), "stratified" (spread) or "uniform"
     optimizer: str = "muon"  # "muon", "adamw" or "adam"
     lr: float = 3e-3  # peak learning rate, 1e-6 … 1e-1
@@ -94,6 +103,7 @@ class TrainConfig:
         self._within("num_classes", 0, 10_000)
         self._within("epochs", 1e-6, 1e5)
         self._within("batch_size", 1, 4096)
+        self._within("label_drop", 0.0, 1.0)
         self._within("lr", 1e-6, 1e-1)
         self._within("warmup_steps", 0, 1_000_000)
         self._within("decay_from", 0.0, 1.0)

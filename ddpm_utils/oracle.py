@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .diffusion import at, training_target
+from .diffusion import at, predict_eps, training_target
 from .schedules import NoiseSchedule
 
 
@@ -18,27 +18,25 @@ class GaussianDenoiser(nn.Module):
 
     def __init__(self, schedule: NoiseSchedule, mean: Tensor, covariance: Tensor, target: str = "eps"):
         super().__init__()
-        d = mean.numel()
-        if covariance.shape != (d, d) or not torch.allclose(covariance, covariance.T, atol=1e-6):
-            raise ValueError(
-                f"covariance must be symmetric of shape ({d}, {d}) to go with {d} means, got {tuple(covariance.shape)}"
-            )
-        values, vectors = torch.linalg.eigh(covariance.double())
-        rounding = d * torch.finfo(covariance.dtype).eps * values[-1].abs()  # it may push a flat direction below 0
-        if values[0] < -rounding:
-            raise ValueError(f"covariance has the eigenvalue {values[0].item():.3g}: variances cannot be negative")
-        self.schedule, self.target = schedule, target
-        self.values = values.clamp(min=0).to(mean.dtype).to(mean.device)
-        self.vectors, self.mean = vectors.to(mean.dtype).to(mean.device), mean.reshape(-1)
+        values, vectors = eigen(covariance, mean)
+        self.schedule, self.target, self.mean = schedule, target, mean.reshape(-1)
+        self.values, self.vectors = values.to(mean), vectors.to(mean)
 
     def forward(self, x_t: Tensor, t: Tensor, y=None) -> Tensor:
+        x0_hat, eps_hat, _ = self.posterior(x_t, t)
+        return training_target(self.schedule, x0_hat, t, eps_hat, self.target)
+
+    def posterior(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """E[x0 | x_t] and E[eps | x_t], both shaped like x_t, and ln q(x_t) up to a constant, (B,)."""
         flat = x_t.flatten(1)
         alpha_bar_t = at(self.schedule.alpha_bars, t, flat)
+        variance = alpha_bar_t * self.values + 1 - alpha_bar_t  # of x_t, along each eigenvector
         centred = (flat - alpha_bar_t.sqrt() * self.mean) @ self.vectors
-        whitened = centred / (alpha_bar_t * self.values + 1 - alpha_bar_t)
-        eps_hat = (((1 - alpha_bar_t).sqrt() * whitened) @ self.vectors.T).view_as(x_t)
-        x0_hat = (self.mean + (alpha_bar_t.sqrt() * self.values * whitened) @ self.vectors.T).view_as(x_t)
-        return training_target(self.schedule, x0_hat, t, eps_hat, self.target)
+        whitened = centred / variance
+        eps_hat = ((1 - alpha_bar_t).sqrt() * whitened) @ self.vectors.T
+        x0_hat = self.mean + (alpha_bar_t.sqrt() * self.values * whitened) @ self.vectors.T
+        log_density = -0.5 * (centred * whitened + variance.log()).sum(dim=1)
+        return x0_hat.view_as(x_t), eps_hat.view_as(x_t), log_density
 
     def loss(self, target: str = "eps") -> Tensor:
         """Its expected squared error per value at every t, shape (T,): what any linear denoiser can reach at best.
@@ -53,7 +51,82 @@ class GaussianDenoiser(nn.Module):
         return (common * factor[target]).float()
 
 
+class MixtureDenoiser(nn.Module):
+    """The best prediction for a mixture of Gaussians: that of each component, weighed by how likely x_t came from it.
+
+    weights: (K,), positive, summing to 1; means: (K, D); covariances: (K, D, D). A model(x_t, t, y=None); y is ignored.
+    Raises ValueError on shapes that do not fit, weights that are none, or a covariance that is none.
+    """
+
+    def __init__(
+        self, schedule: NoiseSchedule, weights: Tensor, means: Tensor, covariances: Tensor, target: str = "eps"
+    ):
+        super().__init__()
+        check_mixture(weights, means, covariances)
+        self.schedule, self.target, self.log_weights = schedule, target, weights.log()
+        self.parts = [GaussianDenoiser(schedule, m, c) for m, c in zip(means, covariances, strict=True)]
+
+    def forward(self, x_t: Tensor, t: Tensor, y=None) -> Tensor:
+        x0_hats, eps_hats, log_densities = zip(*(part.posterior(x_t, t) for part in self.parts), strict=True)
+        shares = (self.log_weights + torch.stack(log_densities, dim=1)).softmax(dim=1)  # Bayes' rule, (B, K)
+        x0_hat, eps_hat = (torch.einsum("bk,kb...->b...", shares, torch.stack(a)) for a in (x0_hats, eps_hats))
+        return training_target(self.schedule, x0_hat, t, eps_hat, self.target)
+
+
+class DataDenoiser(nn.Module):
+    """The best prediction where the data are nothing but the given images: their mean, weighed by how likely x_t came from each.
+
+    x0_hat = Σ wᵢ·xᵢ, w = softmax(−|x_t − √ā·xᵢ|² / (2·(1 − ā))). images: (N, …) in model range, each as likely as another.
+    A model(x_t, t, y=None); y is ignored. It is what a network's training loss asks for, and it knows no other picture.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, images: Tensor, target: str = "eps"):
+        super().__init__()
+        if len(images) == 0 or not images.is_floating_point():
+            raise ValueError(f"images: {tuple(images.shape)} {images.dtype}, expected at least one float image")
+        self.schedule, self.target, self.images = schedule, target, images.flatten(1)
+        self.squares = self.images.square().sum(dim=1)
+
+    def forward(self, x_t: Tensor, t: Tensor, y=None) -> Tensor:
+        flat = x_t.flatten(1)
+        x0_hat = self.shares(flat, t) @ self.images
+        eps_hat = predict_eps(self.schedule, flat, t, x0_hat)
+        return training_target(self.schedule, x0_hat, t, eps_hat, self.target).view_as(x_t)
+
+    def shares(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """How likely x_t came from each of the images, (B, N), rows that sum to 1."""
+        flat = x_t.flatten(1)
+        alpha_bar_t = at(self.schedule.alpha_bars, t, flat)
+        # |x_t|² is the same for all images and drops out of the softmax.
+        fits = alpha_bar_t.sqrt() * flat @ self.images.T - alpha_bar_t / 2 * self.squares
+        return (fits / (1 - alpha_bar_t)).softmax(dim=1)
+
+
 def fit_gaussian(schedule: NoiseSchedule, x0: Tensor, target: str = "eps") -> GaussianDenoiser:
     """The best linear denoiser for data whose mean and covariance are those of x0 (N, …), floats in model range."""
     flat = x0.flatten(1).double()
     return GaussianDenoiser(schedule, flat.mean(dim=0).float(), torch.cov(flat.T), target)
+
+
+def eigen(covariance: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, none below 0, and eigenvectors of a covariance (D, D) in float64; ValueError unless it is one, for D means."""
+    d = mean.numel()
+    if covariance.shape != (d, d) or not torch.allclose(covariance, covariance.T, atol=1e-6):
+        raise ValueError(
+            f"covariance must be symmetric of shape ({d}, {d}) to go with {d} means, got {tuple(covariance.shape)}"
+        )
+    values, vectors = torch.linalg.eigh(covariance.double())
+    rounding = d * torch.finfo(covariance.dtype).eps * values[-1].abs()  # it may push a flat direction below 0
+    if values[0] < -rounding:
+        raise ValueError(f"covariance has the eigenvalue {values[0].item():.3g}: variances cannot be negative")
+    return values.clamp(min=0), vectors
+
+
+def check_mixture(weights: Tensor, means: Tensor, covariances: Tensor) -> None:
+    """Raise ValueError unless there are K positive weights that sum to 1, (K, D) means and (K, D, D) covariances."""
+    k = len(weights)
+    if weights.ndim != 1 or not (weights > 0).all() or abs(weights.sum().item() - 1) > 1e-5:
+        raise ValueError(f"weights={weights.tolist()} must be positive and sum to 1")
+    if means.ndim != 2 or len(means) != k or covariances.shape != (k, means.shape[1], means.shape[1]):
+        raise ValueError(f"{k} weights go with means ({k}, D) and covariances ({k}, D, D): got {tuple(means.shape)} and "
+                         f"{tuple(covariances.shape)}")  # fmt: skip

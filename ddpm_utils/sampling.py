@@ -1,10 +1,10 @@
 """Samplers: generators that yield every state on the way from noise to picture, and a function that keeps the last."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .diffusion import at, eval_mode, p_sample, predict_eps, predict_x0
 from .schedules import NoiseSchedule
@@ -29,53 +29,167 @@ def ddpm_sample(model, schedule: NoiseSchedule, shape, target: str = "eps", vari
         yield -1, x_t, x_t
 
 
-def spaced_timesteps(timesteps: int, steps: int) -> list[int]:
-    """`steps` of the times 0 … T−1, evenly spread, the first T−1 and the last 0, descending.
+def spaced_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "uniform") -> list[int]:
+    """`steps` of the times 0 … T−1, descending, from T−1 to 0 (one step: T−1 alone); where two would coincide, one moves on.
 
-    Raises ValueError unless 1 ≤ steps ≤ T.
+    "uniform" in t; "quadratic" (DDIM, 2010.02502, appendix D.2), denser towards 0; "log_snr", even in the logarithm of the
+    signal-to-noise ratio (DPM-Solver, 2206.00927). Raises ValueError unless 1 ≤ steps ≤ T.
     """
-    if not 1 <= steps <= timesteps:
-        raise ValueError(f"steps={steps} is outside 1 … {timesteps}: a schedule of T={timesteps} has no other times")
-    return torch.linspace(timesteps - 1, 0, steps, dtype=torch.float64).round().long().tolist()
+    last = len(schedule) - 1
+    if not 1 <= steps <= last + 1:
+        raise ValueError(f"steps={steps} is outside 1 … {last + 1}: a schedule of T={last + 1} has no other times")
+    share = 1 - torch.linspace(0, 1, steps, dtype=torch.float64)  # of the way up, descending
+    if spacing == "uniform":
+        times = last * share
+    elif spacing == "quadratic":
+        times = last * share**2
+    elif spacing == "log_snr":
+        log_snr = schedule.snr().cpu().double().log()
+        wanted = log_snr[0] + (log_snr[last] - log_snr[0]) * share
+        times = (log_snr - wanted[:, None]).abs().argmin(dim=1).double()
+    else:
+        raise ValueError(f"spacing={spacing!r} is not known: choose 'uniform', 'quadratic' or 'log_snr'")
+    i = torch.arange(steps)
+    rising = (times.round().long().flip(0) - i).cummax(dim=0).values + i
+    return rising.minimum(i + last + 1 - steps).flip(0).tolist()
 
 
 def ddim_step(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, t_next: Tensor, x0_hat: Tensor, eta: float = 0.0,
               generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
-    """From x_t at t to any earlier time t_next (DDIM, 2010.02502, Eq. 12); t_next = −1 is the finished picture.
+    """From x_t at t to any other time t_next (DDIM, 2010.02502, Eq. 12); t_next = −1 is the finished picture.
 
-    x_next = √ᾱ_next·x0_hat + √(1 − ᾱ_next − σ²)·eps_hat + σ·noise. eta = 0 adds no noise; eta = 1 over all T steps is DDPM.
-    x_t, x0_hat: (B, …); t, t_next: (B,) long.
+    x_next = √ᾱ_next·x0_hat + √(1 − ᾱ_next − σ²)·eps_hat + σ·noise. eta = 0 adds no noise, and alone may lead to a later time;
+    eta = 1 over all T steps is DDPM. x_t, x0_hat: (B, …); t, t_next: (B,) long.
     """
     alpha_bar_t = at(schedule.alpha_bars, t, x_t)
     last = (t_next < 0).view(alpha_bar_t.shape)
     alpha_bar_next = at(schedule.alpha_bars, t_next.clamp(min=0), x_t).masked_fill(last, 1.0)
     eps_hat = predict_eps(schedule, x_t, t, x0_hat)
-    sigma2 = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_next)
-    x_next = alpha_bar_next.sqrt() * x0_hat + (1 - alpha_bar_next - sigma2).sqrt() * eps_hat
     if eta == 0:
-        return x_next
+        return alpha_bar_next.sqrt() * x0_hat + (1 - alpha_bar_next).sqrt() * eps_hat
+    sigma2 = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_next)
+    x_next = alpha_bar_next.sqrt() * x0_hat + (1 - alpha_bar_next - sigma2).clamp(min=0).sqrt() * eps_hat
     return x_next + sigma2.sqrt() * torch.randn(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
 
 
-def ddim_sample(model, schedule: NoiseSchedule, shape, steps: int = 50, target: str = "eps", eta: float = 0.0, clamp: bool = True,
-                generator: torch.Generator | None = None, y=None) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
-    """Sampling with `steps` network calls, evenly spread over 0 … T−1 (DDIM, 2010.02502), from x_T ~ N(0, I) of `shape`.
+def multistep_guess(schedule: NoiseSchedule, t_before: Tensor, t: Tensor, t_next: Tensor, x0_before: Tensor,
+                    x0_hat: Tensor) -> Tensor:  # fmt: skip
+    """The guess half-way from t to t_next, on the line through those at t_before and t (DPM-Solver++ 2M, 2211.01095, Alg. 2).
 
-    Yields (t, x_t, x0_hat) at the times called, then (−1, x0, x0): steps + 1 triples. With `clamp`, x0_hat is held in
-    [−1, 1] and eps_hat follows from the clamped one. The model is in eval mode meanwhile.
+    Half-way in λ = ½·ln(ᾱ / (1 − ᾱ)): x0_hat + (λ_next − λ_t) / (2·(λ_t − λ_before)) · (x0_hat − x0_before). At t_next = −1,
+    where λ is infinite, x0_hat itself.
     """
-    device, times = schedule.betas.device, spaced_timesteps(len(schedule), steps)
+    half_log_snr = schedule.snr().log() / 2
+    lam_before, lam_t, lam_next = (at(half_log_snr, s.clamp(min=0), x0_hat) for s in (t_before, t, t_next))
+    share = (lam_next - lam_t) / (2 * (lam_t - lam_before))
+    last = (t_next < 0).view(share.shape)
+    return x0_hat + share.masked_fill(last, 0.0) * (x0_hat - x0_before)
+
+
+@torch.no_grad()
+def guess_x0(
+    model, schedule: NoiseSchedule, x_t: Tensor, t: Tensor, target: str = "eps", clamp: bool = True, y=None
+) -> Tensor:
+    """The network's guess of the clean picture from x_t, held in [−1, 1] with `clamp`."""
+    x0_hat = predict_x0(schedule, x_t, t, model(x_t, t, y), target)
+    return x0_hat.clamp(-1, 1) if clamp else x0_hat
+
+
+def ddim_sample(model, schedule: NoiseSchedule, shape, steps: int | Sequence[int] = 50, target: str = "eps", eta: float = 0.0,
+                clamp: bool = True, generator: torch.Generator | None = None, y=None,
+                start: Tensor | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
+    """Sampling with few network calls (DDIM, 2010.02502, Eq. 12), from x_T ~ N(0, I) of `shape`, or from `start`.
+
+    `steps`: how many, spread evenly over 0 … T−1, or the times themselves, descending. Yields (t, x_t, x0_hat) at each, then
+    (−1, x0, x0). With `clamp`, x0_hat is held in [−1, 1] and eps_hat follows from the clamped one. The model is in eval mode
+    meanwhile.
+    """
+    device, times = schedule.betas.device, check_times(schedule, steps)
     with eval_mode(model):
-        x_t = torch.randn(shape, generator=generator, device=device)
+        x_t = torch.randn(shape, generator=generator, device=device) if start is None else start
         for step, following in zip(times, [*times[1:], -1], strict=True):
             t = torch.full((shape[0],), step, device=device)
-            with torch.no_grad():
-                x0_hat = predict_x0(schedule, x_t, t, model(x_t, t, y), target)
-            x0_hat = x0_hat.clamp(-1, 1) if clamp else x0_hat
+            x0_hat = guess_x0(model, schedule, x_t, t, target, clamp, y)
             x_next = ddim_step(schedule, x_t, t, torch.full_like(t, following), x0_hat, eta, generator)
             yield step, x_t, x0_hat
             x_t = x_next
         yield -1, x_t, x_t
+
+
+def dpm_solver_sample(model, schedule: NoiseSchedule, shape, steps: int | Sequence[int] = 20, target: str = "eps",
+                      clamp: bool = True, generator: torch.Generator | None = None, y=None,
+                      start: Tensor | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
+    """Second-order sampling without noise: DPM-Solver++ 2M (2211.01095, Algorithm 2). Arguments and results as in `ddim_sample`.
+
+    A DDIM step, but with the guess half-way through the step, foretold from the last two guesses. The first and the last step
+    are DDIM's own.
+    """
+    device, times = schedule.betas.device, check_times(schedule, steps)
+    before = None
+    with eval_mode(model):
+        x_t = torch.randn(shape, generator=generator, device=device) if start is None else start
+        for step, following in zip(times, [*times[1:], -1], strict=True):
+            t = torch.full((shape[0],), step, device=device)
+            t_next = torch.full_like(t, following)
+            x0_hat = guess_x0(model, schedule, x_t, t, target, clamp, y)
+            guess = x0_hat if before is None else multistep_guess(schedule, before[0], t, t_next, before[1], x0_hat)
+            x_next = ddim_step(schedule, x_t, t, t_next, guess)
+            yield step, x_t, x0_hat
+            x_t, before = x_next, (t, x0_hat)
+        yield -1, x_t, x_t
+
+
+def ddim_encode(model, schedule: NoiseSchedule, x0: Tensor, steps: int | Sequence[int] = 50, target: str = "eps",
+                y=None) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
+    """The way up: DDIM's steps without noise, taken from pictures x0 (B, C, H, W) to the noise they come from (section 4.3).
+
+    Yields (t, x_t, x0_hat) at each time, ascending; the last x_t is the noise, from which `ddim_sample` with the same `steps`,
+    without clamp, comes back. The picture is taken for the state at the first time. Nothing is clamped, or no way led back.
+    """
+    device, times = schedule.betas.device, check_times(schedule, steps)[::-1]
+    with eval_mode(model):
+        x_t = x0
+        for step, following in zip(times, [*times[1:], times[-1]], strict=True):
+            t = torch.full((len(x0),), step, device=device)
+            x0_hat = guess_x0(model, schedule, x_t, t, target, False, y)
+            yield step, x_t, x0_hat
+            x_t = ddim_step(schedule, x_t, t, torch.full_like(t, following), x0_hat)
+
+
+class Guided(nn.Module):
+    """Classifier-free guidance (2207.12598, Eq. 6) around a network with labels, for any sampler: model(x_t, t, y=None).
+
+    answer = free + scale · (named − free), the network's answers without and with the label y. 0 ignores the label, 1 is the
+    network as it is, more exaggerates what the label changes; the paper's w is scale − 1. Both answers come from one call on
+    twice the batch. Without y, or at scale 1, the network answers alone.
+    """
+
+    def __init__(self, model: nn.Module, scale: float):
+        super().__init__()
+        if not model.num_classes:
+            raise ValueError("this network was built with num_classes=0: there is no label to be guided by")
+        self.model, self.scale = model, scale
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        if y is None or self.scale == 1:
+            return self.model(x_t, t, y)
+        none = torch.full_like(y, self.model.num_classes)
+        both = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, none]))
+        named, free = both.chunk(2)
+        return free + self.scale * (named - free)
+
+
+def check_times(schedule: NoiseSchedule, steps: int | Sequence[int]) -> list[int]:
+    """The times at which a sampler calls the network, descending. ValueError unless they fall strictly and lie in 0 … T−1."""
+    if isinstance(steps, int):
+        return spaced_timesteps(schedule, steps)
+    times = [int(t) for t in steps]
+    falling = all(a > b for a, b in zip(times[:-1], times[1:], strict=True))
+    if not times or not falling or times[0] >= len(schedule) or times[-1] < 0:
+        raise ValueError(
+            f"the times {times} must fall from at most {len(schedule) - 1} to at least 0: see spaced_timesteps"
+        )
+    return times
 
 
 def last(states: Iterator[tuple[int, Tensor, Tensor]]) -> Tensor:

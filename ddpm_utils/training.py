@@ -47,6 +47,12 @@ def sample_timesteps(n: int, timesteps: int, generator: torch.Generator | None =
     return (s * timesteps).long().clamp(max=timesteps - 1)
 
 
+def drop_labels(y: Tensor, share: float, none: int, generator: torch.Generator | None = None) -> Tensor:
+    """Labels y (B,), each replaced by `none` with probability `share` (2207.12598, Algorithm 1), independent of the others."""
+    dropped = torch.rand(y.shape, generator=generator, device=y.device) < share
+    return y.masked_fill(dropped, none)
+
+
 def train_step(model, optimizer, schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor,
                target: str = "eps", grad_clip: float = 1.0, y=None) -> Tensor:  # fmt: skip
     """One pass through DDPM Algorithm 1, lines 2–5: loss, gradient (clipped to norm `grad_clip`), step. Returns the loss."""
@@ -210,7 +216,7 @@ def _one_step(state: TrainState, model: nn.Module, images: Tensor, labels: Tenso
         group["lr"] = lr
     if distributed.world() > 1:  # dropout: other masks in every process, the same ones again in a resumed run
         torch.manual_seed((cfg.seed * 1_000_003 + state.step) * distributed.world() + distributed.rank())
-    picked = batch_indices(len(images), state.step, cfg, state.device)[mine]
+    picked = batch_indices(len(images), state.step, cfg, state.device)
     rng = step_generator(cfg.seed, state.step, state.device)
     n, timesteps = cfg.batch_size, len(state.schedule)
     if cfg.timestep_draw == "uniform":
@@ -218,8 +224,8 @@ def _one_step(state: TrainState, model: nn.Module, images: Tensor, labels: Tenso
     else:
         t = sample_timesteps(n, timesteps, rng, state.device, cfg.timestep_draw == "middle")[mine]
     eps = torch.randn(n, *images.shape[1:], generator=rng, device=state.device)[mine]
-    y = None if labels is None else labels[picked]
-    x0 = to_model_range(images[picked])
+    y = None if labels is None else drop_labels(labels[picked], cfg.label_drop, cfg.num_classes, rng)[mine]
+    x0 = to_model_range(images[picked[mine]])
     return train_step(model, state.optimizer, state.schedule, x0, t, eps, cfg.target, cfg.grad_clip, y)
 
 

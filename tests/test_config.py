@@ -40,6 +40,7 @@ BAD = {
     "decay_from": [-0.1, 1.1],
     "lr_floor": [-0.1, 1.1],
     "weight_decay": [-0.1, 2],
+    "label_drop": [-0.1, 1.5],
     "grad_clip": [0, -1, INF, NAN],
     "ema_decay": [-0.1, 1.0, 1, NAN],
     "seed": [1.5, "zero", None],
@@ -47,7 +48,8 @@ BAD = {
 OTHER = {
     "dataset": "mnist", "image_size": 32, "channels": 3, "timesteps": 500, "schedule": "linear", "beta_scale": 2.0,
     "target": "eps", "model": "article", "widths": (32, 32), "blocks": 1, "attention_levels": (), "fold": 1, "time_dim": 64,
-    "groups": 8, "heads": 2, "dropout": 0.1, "num_classes": 10, "epochs": 1.0, "batch_size": 16, "timestep_draw": "uniform",
+    "groups": 8, "heads": 2, "dropout": 0.1, "num_classes": 10, "epochs": 1.0, "batch_size": 16, "label_drop": 0.2,
+    "timestep_draw": "uniform",
     "optimizer": "adam", "lr": 1e-3, "warmup_steps": 0, "decay_from": 1.0, "lr_floor": 0.0, "weight_decay": 0.1,
     "grad_clip": 2.0, "ema_decay": 0.0, "seed": 1,
 }  # fmt: skip
@@ -91,7 +93,7 @@ def test_round_trip_through_a_dict_and_through_json(changes):
 
 
 def test_a_config_written_before_a_field_existed_means_what_it_meant():
-    added = {"model": "unet", "timestep_draw": "stratified", "optimizer": "adamw"}
+    added = {"model": "unet", "timestep_draw": "stratified", "optimizer": "adamw", "label_drop": 0.0}
     cfg = TrainConfig(**added, lr=1e-3)
     assert config.from_dict({name: value for name, value in cfg.to_dict().items() if name not in added}) == cfg
     assert config.from_dict(TrainConfig(**OTHER).to_dict()) == TrainConfig(**OTHER)

@@ -24,7 +24,7 @@ from lesson_files import (
 LESSONS = lesson_names()
 every_lesson = pytest.mark.parametrize("lesson", LESSONS)
 PATH_OF_A_MACHINE = re.compile(r"(?<![\w.:/])(/(home|root|Users|tmp|work|opt|mnt)/[\w.-]+|[A-Z]:\\\\)")
-WITH_GIF = ("01", "05")
+WITH_GIF = ("01", "05", "06", "07", "09")
 
 
 @every_lesson
@@ -194,6 +194,7 @@ CHANGES = {
         {"STEPS": 2},
         {"SEED": 7},
     ],
+    "09": [{"DATASET": "digits"}, {"DATASET": "mnist", "N_IMAGES": 100}, {"STEPS": 200}, {"SEED": 7}],
 }
 CASES = [(name, change) for name in LESSONS for change in CHANGES.get(name[:2], [])]
 

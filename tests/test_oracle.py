@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddpm_utils.diffusion import diffusion_loss, predict_eps, predict_x0, q_sample, velocity
-from ddpm_utils.oracle import GaussianDenoiser, fit_gaussian
+from ddpm_utils.oracle import DataDenoiser, GaussianDenoiser, MixtureDenoiser, fit_gaussian
 from ddpm_utils.schedules import NoiseSchedule, cosine_betas, linear_betas, make_schedule
 
 TARGETS = ["eps", "x0", "v"]
@@ -180,3 +180,119 @@ def test_refuses_a_bad_t(t, message):
     model = GaussianDenoiser(make_schedule("cosine", 10), torch.zeros(2), torch.eye(2))
     with pytest.raises(ValueError, match=message):
         model(torch.zeros(1, 2), t)
+
+
+# ---- a mixture
+
+
+def mixture():
+    weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    means = torch.tensor([[-0.8, 0.1], [0.5, 0.6], [0.3, -0.7]], dtype=torch.float64)
+    factors = torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 0.25
+    return weights, means, factors @ factors.mT + 0.01 * torch.eye(2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("step", [0, 10, 25, 49])
+def test_the_mixture_s_guess_is_the_posterior_mean_by_brute_force(step):
+    """The density of the mixture on a grid of x0, each point weighed by the likelihood of x_t."""
+    weights, means, covariances = mixture()
+    schedule = exact(cosine_betas(50))
+    x_t = torch.tensor([[0.7, -0.1], [-0.9, 0.4]], dtype=torch.float64)
+    axis = torch.linspace(-4, 4, 1601, dtype=torch.float64)
+    x0 = torch.cartesian_prod(axis, axis)
+    parts = [torch.distributions.MultivariateNormal(m, c).log_prob(x0) for m, c in zip(means, covariances, strict=True)]
+    log_prior = torch.logsumexp(torch.stack(parts) + weights.log()[:, None], dim=0)
+    ab = schedule.alpha_bars[step]
+    expected = []
+    for x in x_t:
+        log_likelihood = -((x - ab.sqrt() * x0) ** 2).sum(1) / (2 * (1 - ab))
+        expected.append((log_prior + log_likelihood).softmax(0) @ x0)
+    got = MixtureDenoiser(schedule, weights, means, covariances, "x0")(x_t, torch.full((2,), step))
+    # At step 0 the noise, 0.0064 wide, is little more than a cell of the grid.
+    torch.testing.assert_close(got, torch.stack(expected), rtol=0, atol=1e-3 if step == 0 else 1e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_mixture_of_one_is_a_gaussian(target):
+    mean, cov = gaussian()
+    schedule, t = exact(cosine_betas(50)), torch.arange(50)
+    x_t = torch.randn(50, 1, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    one = MixtureDenoiser(schedule, torch.ones(1, dtype=torch.float64), mean[None], cov[None], target)
+    torch.testing.assert_close(one(x_t, t), GaussianDenoiser(schedule, mean, cov, target)(x_t, t))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_mixture_s_answers_agree_with_one_another(target):
+    weights, means, covariances = mixture()
+    schedule, t = exact(cosine_betas(50)), torch.arange(50)
+    x_t = torch.randn(50, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    guess = MixtureDenoiser(schedule, weights, means, covariances, "x0")(x_t, t)
+    answer = MixtureDenoiser(schedule, weights, means, covariances, target)(x_t, t)
+    torch.testing.assert_close(predict_x0(schedule, x_t, t, answer, target), guess, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"weights": torch.tensor([0.5, 0.6])}, "sum to 1"),
+        ({"weights": torch.tensor([1.5, -0.5])}, "positive"),
+        ({"means": torch.zeros(3, 2)}, "2 weights go with means"),
+        ({"covariances": torch.eye(3).expand(2, 3, 3)}, "2 weights go with means"),
+        ({"covariances": -torch.eye(2).expand(2, 2, 2)}, "variances cannot be negative"),
+    ],
+)
+def test_refuses_what_is_no_mixture(change, words):
+    good = {
+        "weights": torch.tensor([0.5, 0.5]),
+        "means": torch.zeros(2, 2),
+        "covariances": torch.eye(2).expand(2, 2, 2),
+    }
+    with pytest.raises(ValueError, match=words):
+        MixtureDenoiser(make_schedule("cosine", 10), **(good | change))
+
+
+# ---- a finite set
+
+
+def test_the_data_denoiser_is_bayes_over_the_images():
+    schedule, rng = exact(cosine_betas(50)), torch.Generator().manual_seed(3)
+    images = torch.rand(6, 1, 3, 3, generator=rng, dtype=torch.float64) * 2 - 1
+    x_t, t = torch.randn(50, 1, 3, 3, generator=rng, dtype=torch.float64), torch.arange(50)
+    model = DataDenoiser(schedule, images, "x0")
+    for step in (0, 20, 49):
+        ab = schedule.alpha_bars[step]
+        likelihoods = (
+            torch.distributions.Normal(ab.sqrt() * images, (1 - ab).sqrt()).log_prob(x_t[step]).flatten(1).sum(1)
+        )
+        shares = likelihoods.softmax(0)
+        torch.testing.assert_close(model.shares(x_t[step : step + 1], t[step : step + 1])[0], shares)
+        expected = torch.einsum("n,nchw->chw", shares, images)
+        torch.testing.assert_close(model(x_t[step : step + 1], t[step : step + 1])[0], expected)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_data_denoiser_is_a_mixture_of_points(target):
+    """Gaussians that shrink to their means leave the same answers."""
+    schedule, rng = exact(cosine_betas(50)), torch.Generator().manual_seed(3)
+    images = torch.rand(5, 1, 1, 2, generator=rng, dtype=torch.float64) * 2 - 1
+    x_t, t = torch.randn(40, 1, 1, 2, generator=rng, dtype=torch.float64), torch.arange(10, 50)
+    weights, points = torch.full((5,), 0.2, dtype=torch.float64), torch.zeros(5, 2, 2, dtype=torch.float64)
+    limit = MixtureDenoiser(schedule, weights, images.flatten(1), points, target)
+    torch.testing.assert_close(DataDenoiser(schedule, images, target)(x_t, t), limit(x_t, t), rtol=1e-6, atol=1e-6)
+
+
+def test_no_other_answer_has_a_smaller_loss_on_the_images():
+    """Brute force over scalings and shifts of the guess, on the training images themselves."""
+    schedule, rng = exact(cosine_betas(50)), torch.Generator().manual_seed(3)
+    images = torch.rand(4, 2, generator=rng, dtype=torch.float64) * 2 - 1
+    x0, t = images[torch.randint(4, (40_000,), generator=rng)], torch.full((40_000,), 25)
+    x_t = q_sample(schedule, x0, t, torch.randn(x0.shape, generator=rng, dtype=torch.float64))
+    guess = DataDenoiser(schedule, images, "x0")(x_t, t)
+    best = (guess - x0).square().mean()
+    for factor, shift in ((0.9, 0.0), (1.1, 0.0), (1.0, 0.05), (1.0, -0.05)):
+        assert (factor * guess + shift - x0).square().mean() > best
+
+
+def test_the_data_denoiser_refuses_bytes():
+    with pytest.raises(ValueError, match="expected at least one float image"):
+        DataDenoiser(make_schedule("cosine", 10), torch.zeros(3, 1, 2, 2, dtype=torch.uint8))

@@ -2,12 +2,24 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import nn
 
-from ddpm_utils.diffusion import predict_x0, q_posterior
+from ddpm_utils.diffusion import predict_eps, predict_x0, q_posterior, training_target
 from ddpm_utils.oracle import GaussianDenoiser
-from ddpm_utils.sampling import ddim_sample, ddim_step, ddpm_sample, eval_mode, keep, last, spaced_timesteps
+from ddpm_utils.sampling import (
+    Guided,
+    ddim_encode,
+    ddim_sample,
+    ddim_step,
+    ddpm_sample,
+    dpm_solver_sample,
+    eval_mode,
+    keep,
+    last,
+    multistep_guess,
+    spaced_timesteps,
+)
 from ddpm_utils.schedules import NoiseSchedule, cosine_betas, linear_betas, make_schedule
 from ddpm_utils.unet import UNet
 
@@ -348,4 +360,219 @@ def test_ddim_calls_the_network_as_often_as_asked(net, tiny, steps):
 @pytest.mark.parametrize("steps", [0, 51, -3])
 def test_ddim_refuses_times_that_the_schedule_has_not(steps):
     with pytest.raises(ValueError, match=f"steps={steps} is outside 1 … 50"):
-        spaced_timesteps(50, steps)
+        spaced_timesteps(make_schedule("cosine", 50), steps)
+
+
+# ---- which times
+
+
+@pytest.mark.parametrize("spacing", ["uniform", "quadratic", "log_snr"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 37, 99, 100])
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_times_fall_from_the_first_to_the_last_and_none_comes_twice(name, steps, spacing):
+    times = spaced_timesteps(make_schedule(name, 100, 10 if name == "linear" else 1), steps, spacing)
+    assert len(times) == steps and times == sorted(set(times), reverse=True)
+    assert times[0] == 99 and (steps == 1 or times[-1] == 0)
+
+
+def test_spacings_mean_what_they_say():
+    schedule = make_schedule("cosine", 1000)
+    assert spaced_timesteps(schedule, 4) == [999, 666, 333, 0]
+    assert spaced_timesteps(schedule, 4, "quadratic") == [999, 444, 111, 0]
+    linear = make_schedule("linear", 1000)
+    log_snr = linear.snr().double().log()
+    gaps = log_snr[spaced_timesteps(linear, 9, "log_snr")].diff()
+    assert gaps.max() / gaps.min() < 1.5  # the schedule's own steps are coarse near t = 0
+    with pytest.raises(ValueError, match="spacing='even' is not known: choose"):
+        spaced_timesteps(schedule, 9, "even")
+
+
+@pytest.mark.parametrize("sample", [ddim_sample, dpm_solver_sample])
+def test_times_may_be_given_one_by_one(sample):
+    schedule, calls = make_schedule("cosine", 50), []
+
+    def model(x, t, y):
+        calls.append(t[0].item())
+        return 0.1 * x
+
+    last(sample(model, schedule, (1, 1, 2, 2), [49, 30, 29, 3], "v", generator=seeded()))
+    assert calls == [49, 30, 29, 3]
+    for times in ([], [3, 3], [3, 10], [50, 2], [4, -1]):
+        with pytest.raises(ValueError, match="must fall from at most 49 to at least 0"):
+            last(sample(model, schedule, (1, 1, 2, 2), times, "v"))
+
+
+# ---- second order
+
+
+def wavy(x, t, y=None):
+    """A network with some shape to it: smooth, not linear, different at every time."""
+    return torch.tanh(1.3 * x + 0.4 * torch.sin(t / 100).view(-1, 1, 1, 1)) - 0.3 * x.roll(1, dims=-1)
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("target, theirs_name", [("eps", "epsilon"), ("v", "v_prediction")])
+def test_dpm_solver_agrees_with_diffusers_from_equal_noise(name, target, theirs_name, clamp):
+    schedule = NoiseSchedule(betas_for(name, 1000))
+    options = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0} if clamp else {}
+    theirs = DPMSolverMultistepScheduler(
+        trained_betas=schedule.betas.numpy(), algorithm_type="dpmsolver++", solver_order=2, prediction_type=theirs_name,
+        final_sigmas_type="zero", **options,
+    )  # fmt: skip
+    start, times = torch.randn(3, 1, 6, 6, generator=seeded()), spaced_timesteps(schedule, 20)
+    if name == "linear" and target == "eps":  # there the first division is by 0.006; stay where float32 has digits
+        times = spaced_timesteps(schedule, 25)[5:]
+    theirs.set_timesteps(timesteps=times)
+    x = start
+    for t in theirs.timesteps:
+        x = theirs.step(wavy(x, t.expand(3)), t, x).prev_sample
+    got = last(dpm_solver_sample(wavy, schedule, start.shape, times, target, clamp, start=start))
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [7, 50])
+def test_ddim_agrees_with_diffusers_from_equal_noise(name, steps):
+    schedule = NoiseSchedule(betas_for(name, 1000))
+    theirs = DDIMScheduler(
+        trained_betas=schedule.betas.numpy(), clip_sample=True, set_alpha_to_one=True, timestep_spacing="leading"
+    )
+    theirs.set_timesteps(steps)
+    x = start = torch.randn(3, 1, 6, 6, generator=seeded())
+    for t in theirs.timesteps:
+        x = theirs.step(wavy(x, t.expand(3)), t, x, use_clipped_model_output=True).prev_sample
+    got = last(ddim_sample(wavy, schedule, start.shape, theirs.timesteps.tolist(), start=start))
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_guess_of_the_second_order_is_exact_on_a_line():
+    """A guess that is linear in λ is foretold without error, half-way between the ends of the step."""
+    schedule = make_schedule("cosine", 1000)
+    lam = schedule.snr().double().log() / 2
+    t_before, t, t_next = (torch.tensor([time]) for time in (800, 500, 350))
+    on_line = [(0.3 - 0.7 * lam[time]).float().view(1, 1, 1, 1) for time in (800, 500)]
+    half_way = 0.3 - 0.7 * (lam[500] + lam[350]) / 2
+    got = multistep_guess(schedule, t_before, t, t_next, *on_line)
+    torch.testing.assert_close(got.item(), half_way.item(), rtol=1e-5, atol=1e-5)
+    assert multistep_guess(schedule, t_before, t, torch.tensor([-1]), *on_line) == on_line[1]
+
+
+def test_second_order_falls_with_the_square_of_the_steps():
+    """Against the probability flow of N(0, λ) in closed form: x grows as the standard deviation √(ᾱλ + 1 − ᾱ) does."""
+    schedule, value = NoiseSchedule(betas_for("cosine", 4000)), 0.25
+    model = GaussianDenoiser(schedule, torch.zeros(1), torch.full((1, 1), value), "v")
+    std = (schedule.alpha_bars * value + 1 - schedule.alpha_bars).sqrt()
+    x_T = torch.ones(1, 1, 1, 1)
+
+    def error(sample, steps):
+        times = [t for t in spaced_timesteps(schedule, steps) if t < 3900]  # the last betas are cut off: one large step
+        states = {t: x for t, x, _ in sample(model, schedule, x_T.shape, times, "v", clamp=False, start=x_T)}
+        return abs(states[0] - std[0] / std[times[0]]).item()
+
+    ddim, dpm = ([error(sample, steps) for steps in (20, 40, 80)] for sample in (ddim_sample, dpm_solver_sample))
+    assert all(1.8 < coarse / fine < 2.2 for coarse, fine in zip(ddim[:-1], ddim[1:], strict=True))
+    assert all(3.3 < coarse / fine < 4.7 for coarse, fine in zip(dpm[:-1], dpm[1:], strict=True))
+    assert dpm[-1] < ddim[-1] / 2
+
+
+# ---- there and back
+
+
+def test_encoding_and_decoding_come_back_the_closer_the_more_steps():
+    schedule = NoiseSchedule(betas_for("cosine", 1000))
+    model = GaussianDenoiser(schedule, MEAN.float(), COVARIANCE.float(), "v")
+    x0 = torch.randn(50, 1, 1, 3, generator=seeded()) * 0.4
+
+    def there_and_back(steps):
+        *_, (t, x_T, _) = ddim_encode(model, schedule, x0, steps, "v")
+        assert t == 999
+        back = last(ddim_sample(model, schedule, x0.shape, steps, "v", clamp=False, start=x_T))
+        return (back - x0).square().mean().sqrt().item()
+
+    errors = [there_and_back(steps) for steps in (10, 40, 160, 640)]
+    assert (
+        all(1.5 < coarse / fine < 5 for coarse, fine in zip(errors[:-1], errors[1:], strict=True)) and errors[3] < 0.02
+    )
+
+
+def test_encoding_a_gaussian_gives_its_own_noise():
+    """The data's standard scores, rotated back: what the probability flow of a Gaussian does, whitening."""
+    schedule = NoiseSchedule(betas_for("cosine", 1000))
+    model = GaussianDenoiser(schedule, MEAN.float(), COVARIANCE.float(), "v")
+    z = torch.randn(10_000, 3, generator=seeded(), dtype=torch.float64)
+    x0 = (MEAN + z @ torch.linalg.cholesky(COVARIANCE).T).float().view(-1, 1, 1, 3)
+    x_T = last(ddim_encode(model, schedule, x0, 1000, "v")).flatten(1).double()
+    assert x_T.mean(dim=0).abs().max() < 0.05
+    assert (torch.cov(x_T.T) - torch.eye(3)).abs().max() < 0.06
+
+
+# ---- guidance
+
+
+class Labelled(nn.Module):
+    """Answers by label; notes how it was called."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x, t, y=None):
+        y = torch.full_like(t, self.num_classes) if y is None else y
+        self.calls.append((len(x), y.tolist(), self.training))
+        return torch.tensor([1.0, 2.0, 4.0, 0.5])[y].view(-1, 1, 1, 1) * x
+
+
+@pytest.mark.parametrize("scale, expected", [(0.0, [0.5, 0.5]), (1.0, [2.0, 4.0]), (3.0, [5.0, 11.0])])
+def test_guidance_goes_beyond_the_named_answer(scale, expected):
+    """0.5 + scale · (named − 0.5); the paper's w = scale − 1 gives (1 + w)·named − w·free."""
+    model, x = Labelled(), torch.ones(2, 1, 1, 1)
+    t, y = torch.zeros(2, dtype=torch.long), torch.tensor([1, 2])
+    got = Guided(model, scale)(x, t, y).flatten().tolist()
+    assert got == pytest.approx(expected)
+    w, named, free = scale - 1, torch.tensor([2.0, 4.0]), 0.5
+    assert got == pytest.approx(((1 + w) * named - w * free).tolist())
+
+
+def test_guidance_asks_for_both_answers_in_one_call_in_eval_mode():
+    model, schedule = Labelled().train(), make_schedule("cosine", 10)
+    y = torch.tensor([0, 2])
+    last(ddim_sample(Guided(model, 2.0), schedule, (2, 1, 2, 2), 3, "v", y=y, generator=seeded()))
+    assert model.calls == [(4, [0, 2, 3, 3], False)] * 3 and model.training
+    model.calls.clear()
+    Guided(model, 2.0)(torch.ones(2, 1, 1, 1), torch.zeros(2, dtype=torch.long))
+    assert model.calls == [(2, [3, 3], True)]
+
+
+def test_guidance_is_the_same_whatever_the_network_predicts():
+    """Targets are affine in one another at fixed x_t and t, with one and the same factor, so they may be guided as they come."""
+    schedule = make_schedule("cosine", 50)
+    x_t, named, free = torch.randn(3, 4, 1, 2, 2, generator=seeded())
+    t = torch.tensor([3, 20, 30, 45])
+    mixed = {}
+    for target in ("eps", "x0", "v"):
+        a, b = (training_target(schedule, x0, t, predict_eps(schedule, x_t, t, x0), target) for x0 in (named, free))
+        mixed[target] = predict_x0(schedule, x_t, t, b + 2.5 * (a - b), target)
+    torch.testing.assert_close(mixed["eps"], mixed["x0"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(mixed["v"], mixed["x0"], rtol=1e-3, atol=1e-3)
+
+
+def test_guidance_needs_a_network_that_knows_labels():
+    with pytest.raises(ValueError, match="num_classes=0"):
+        Guided(UNet(widths=(8, 8), groups=4, heads=2, time_dim=8), 2.0)
+
+
+def test_guided_sampling_of_a_real_network(net, tiny):
+    cfg = tiny(timesteps=20, num_classes=10)
+    model, schedule = net(cfg), make_schedule(**cfg.noise())
+    for parameter in model.parameters():  # as built, its residual branches are shut, and no label passes
+        nn.init.normal_(parameter, std=0.2)
+    y = torch.arange(4)
+    one, two = (
+        last(ddim_sample(Guided(model, scale), schedule, (4, 1, 8, 8), 5, "v", y=y, generator=seeded()))
+        for scale in (1.0, 3.0)
+    )
+    plain = last(ddim_sample(model, schedule, (4, 1, 8, 8), 5, "v", y=y, generator=seeded()))
+    assert torch.equal(one, plain) and not torch.allclose(one, two)

@@ -34,7 +34,9 @@ STEPS = 24
 
 
 def config(**changes) -> TrainConfig:
-    return TrainConfig(**(TINY | dict(widths=(8, 16), attention_levels=(1,), num_classes=24, epochs=4.0) | changes))
+    return TrainConfig(
+        **(TINY | dict(widths=(8, 16), attention_levels=(1,), num_classes=24, label_drop=0.25, epochs=4.0) | changes)
+    )
 
 
 def state_of(cfg: TrainConfig, weights: int = 0) -> TrainState:
@@ -253,8 +255,10 @@ def one(tmp_path_factory):
     half = state_of(config())
     for record in train(half, IMAGES, None, folder / "one", labels=LABELS):
         half.stopped = record.step == 9
-    whole, unlike = state_of(config()), state_of(config(seed=1))
+    whole, unlike, labels = state_of(config()), state_of(config(seed=1)), []
+    whole.model.register_forward_pre_hook(lambda module, given: labels.append(given[2].clone()))
     out = {"folder": folder, "plain": run(whole, held_out=HELD_OUT, evaluate_every=10), "unlike": run(unlike)}
+    out["plain"]["labels"] = labels
     out |= {"state": everything(whole), "adamw": run(state_of(config(optimizer="adamw")))}
     torch.set_num_threads(threads)
     return out
@@ -292,11 +296,17 @@ def test_both_processes_hold_the_weights_of_one(one, two):
     assert torch.equal(mine, theirs) and torch.allclose(mine, single, atol=1e-4)
 
 
-def test_the_processes_see_disjoint_halves_of_each_batch(two):
+def test_the_processes_see_disjoint_halves_of_each_batch(one, two):
+    """In order, and with the labels withheld that one process withholds."""
+    dropped = 0
     for step in range(STEPS):
         halves = [seen["plain"]["labels"][step].tolist() for seen in two]
         whole = LABELS[training.batch_indices(24, step, config())].tolist()
-        assert sorted(halves[0] + halves[1]) == sorted(whole) and len(halves[0]) == len(halves[1]) == 2
+        both = halves[0] + halves[1]
+        assert len(halves[0]) == len(halves[1]) == 2 and both == one["plain"]["labels"][step].tolist()
+        assert all(seen in (label, 24) for seen, label in zip(both, whole, strict=True))
+        dropped += both.count(24)
+    assert 0 < dropped < 2 * STEPS
 
 
 def test_process_0_alone_measures_and_writes(one, two):

@@ -37,6 +37,17 @@ BUILT_IN = {
         "diffusion": ["q_posterior", "p_mean_variance", "p_sample"],
         "sampling": ["ddpm_sample"],
     },
+    "06_fast_sampling": {
+        "sampling": [
+            "spaced_timesteps",
+            "ddim_step",
+            "multistep_guess",
+            "guess_x0",
+            "ddim_sample",
+            "dpm_solver_sample",
+            "ddim_encode",
+        ]
+    },
     "08_evaluation": {
         "evaluation": [
             "frechet_distance",
@@ -51,6 +62,7 @@ BUILT_IN = {
             "bound_term",
         ]
     },
+    "09_exact_denoiser": {"oracle": ["GaussianDenoiser", "MixtureDenoiser", "DataDenoiser"]},
 }
 PLACES = [(lesson, room, name) for lesson, rooms in BUILT_IN.items() for room, names in rooms.items() for name in names]
 

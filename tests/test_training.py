@@ -278,13 +278,40 @@ def test_records_say_what_happened(fresh):
 
 
 def test_labels_reach_the_network(fresh):
-    state = fresh(num_classes=3)
+    state = fresh(num_classes=3, label_drop=0.0)
     labels = torch.arange(len(IMAGES)) % 3
     given = []
     state.model.register_forward_pre_hook(lambda m, args: given.append(args[2]))
     run(state, labels=labels)
     picked = [labels[training.batch_indices(len(IMAGES), step, state.cfg)] for step in range(STEPS)]
     assert same(given, picked)
+
+
+def test_some_labels_are_withheld_each_by_itself():
+    y = torch.arange(10).repeat(4000)
+    kept = training.drop_labels(y, 0.1, 10, torch.Generator().manual_seed(0))
+    gone = kept == 10
+    assert torch.equal(kept[~gone], y[~gone]) and torch.equal(y, torch.arange(10).repeat(4000))
+    n = len(y)
+    assert abs(gone.double().mean() - 0.1) < 5 * (0.09 / n) ** 0.5
+    pairs = (gone[::2] & gone[1::2]).double().mean()  # independent of one another: the share of pairs is the square
+    assert abs(pairs - 0.01) < 5 * (0.01 * 0.99 / (n / 2)) ** 0.5
+    assert torch.equal(training.drop_labels(y, 0.0, 10), y) and (training.drop_labels(y, 1.0, 10) == 10).all()
+
+
+def test_the_loop_withholds_labels_and_draws_all_else_as_before(fresh):
+    """The same batches, times and noise, whatever share of the labels is withheld."""
+    labels, seen = torch.arange(len(IMAGES)) % 3, {}
+    for share in (0.0, 0.5, 1.0):
+        state = fresh(num_classes=3, label_drop=share)
+        given = seen.setdefault(share, [])
+        state.model.register_forward_pre_hook(lambda m, args, given=given: given.append(args))
+        run(state, labels=labels)
+    for one, two, three in zip(*seen.values(), strict=True):
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]) and torch.equal(one[0], three[0])
+        assert ((two[2] == one[2]) | (two[2] == 3)).all() and (three[2] == 3).all()
+    withheld = torch.cat([args[2] == 3 for args in seen[0.5]]).double().mean()
+    assert 0.2 < withheld < 0.8
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -65,7 +65,7 @@ def plan(cfg: TrainConfig, n: int, sampler: str = "ddim", steps: int | None = No
 
 def times_of(cfg: TrainConfig, how: Plan) -> list[int]:
     """The timesteps at which the network is called, descending, and −1 for the finished picture."""
-    return [*sampling.spaced_timesteps(cfg.timesteps, how.steps), -1]
+    return [*sampling.spaced_timesteps(make_schedule(**cfg.noise()), how.steps), -1]
 
 
 def draw(model: nn.Module, cfg: TrainConfig, how: Plan, device, wanted=()) -> tuple[Tensor, dict[int, Tensor]]:

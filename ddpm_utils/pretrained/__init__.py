@@ -36,7 +36,9 @@ def card(name: str) -> dict:
 
 def build(cfg: TrainConfig) -> torch.nn.Module:
     """The network that `cfg.model` names, with fresh weights from the global generator: ours, or one of the gallery."""
-    return UNet(**cfg.network()) if cfg.model == "unet" else gallery.build(cfg.model, timesteps=cfg.timesteps)
+    if cfg.model == "unet":
+        return UNet(**cfg.network())
+    return gallery.build(cfg.model, cfg.timesteps, cfg.channels)
 
 
 def load(name: str, device="cpu") -> tuple[torch.nn.Module, TrainConfig]:
@@ -129,13 +131,14 @@ def obtain_classifier(train_set: data.ImageSet, device="cpu") -> Classifier:
 
 def _train_briefly(cfg: TrainConfig, model: torch.nn.Module, device, seconds: float) -> torch.nn.Module:
     """Measure the speed over a few steps, then train as many as fit into `seconds`, with the learning rate falling to its end."""
-    images = data.load_images(cfg.dataset, image_size=cfg.image_size).images
+    train_set = data.load_images(cfg.dataset, image_size=cfg.image_size)
+    images, labels = train_set.images, train_set.labels if cfg.num_classes else None
     few = cfg.replace(epochs=5 * cfg.batch_size / len(images))
-    for record in training.train(training.TrainState(few, copy.deepcopy(model), device), images):  # noqa: B007
+    for record in training.train(training.TrainState(few, copy.deepcopy(model), device), images, labels=labels):  # noqa: B007
         pass
     seen = min(record.images_per_second * seconds, cfg.epochs * len(images))
     state = training.TrainState(cfg.replace(epochs=max(1e-6, seen / len(images))), model, device)
-    for record in training.train(state, images):  # noqa: B007
+    for record in training.train(state, images, labels=labels):  # noqa: B007
         pass
     print(f"weights: trained {record.step:,} steps, loss {record.loss:.3f}")
     return state.ema.model

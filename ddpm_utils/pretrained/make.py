@@ -20,6 +20,8 @@ from . import CLASSIFIER, FOLDER, build
 RECIPES = {
     "fashion_mnist": TrainConfig(dataset="fashion_mnist", epochs=8, ema_decay=0.998),
     "mnist": TrainConfig(dataset="mnist", epochs=5, ema_decay=0.998),
+    "fashion_mnist_labels": TrainConfig(dataset="fashion_mnist", num_classes=10, epochs=8, ema_decay=0.998),
+    "mnist_labels": TrainConfig(dataset="mnist", num_classes=10, epochs=5, ema_decay=0.998),
 }
 CLASSIFIERS = {"fashion_mnist": {"epochs": 6, "shift": 1}, "mnist": {"epochs": 4, "shift": 2}}
 
@@ -39,7 +41,8 @@ def make(name: str) -> Path:
         minutes = json.loads(minutes_file.read_text())
         print(f"{name}: goes on from step {state.step}, after {minutes:.1f} minutes")
     start = time.perf_counter() - 60 * minutes
-    for record in training.train(state, train_set.images, test_set.images[:2048], folder, evaluate_every=250):
+    labels = train_set.labels if cfg.num_classes else None
+    for record in training.train(state, train_set.images, test_set.images[:2048], folder, 250, labels):
         if record.held_out is not None:
             minutes = (time.perf_counter() - start) / 60
             minutes_file.write_text(json.dumps(minutes))

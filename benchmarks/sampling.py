@@ -1,0 +1,160 @@
+"""Quality against network calls: every sampler draws from the shipped weights, from the same noise, with few calls and many.
+
+`python -m benchmarks.sampling` appends a line of JSON for every measurement and writes CSV and plot beside it; given again, it
+goes on where it was stopped. Lesson 06 draws its slow points from the CSV.
+"""
+
+import argparse
+import csv
+import datetime
+import shlex
+import sys
+import time
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddpm_utils import config, data, plots, pretrained, runtime, sampling
+from ddpm_utils.schedules import make_schedule
+
+from .measure import machine, synchronise
+from .recipes import Ruler
+from .results import append, read_rows
+
+# name: (sampler, spacing, eta, the numbers of calls)
+PLAN = {
+    "ancestral (DDPM)": ("ddpm", "uniform", 1.0, [1000]),
+    "DDIM": ("ddim", "uniform", 0.0, [5, 7, 10, 15, 20, 30, 50, 100, 250, 1000]),
+    "DDIM, quadratic": ("ddim", "quadratic", 0.0, [5, 10, 20, 50]),
+    "DDIM, log-SNR": ("ddim", "log_snr", 0.0, [5, 10, 20, 50]),
+    "DDIM, η = 1": ("ddim", "uniform", 1.0, [10, 20, 50, 100, 250]),
+    "DPM-Solver++ 2M": ("dpm", "uniform", 0.0, [5, 7, 10, 15, 20, 30, 50, 100]),
+    "DPM-Solver++ 2M, quadratic": ("dpm", "quadratic", 0.0, [5, 10, 20, 50]),
+    "DPM-Solver++ 2M, log-SNR": ("dpm", "log_snr", 0.0, [5, 10, 20, 50]),
+}
+N = 1000  # pictures a measurement
+BATCH = 250
+SEED = 0  # of the noise that all start from
+COLUMNS = ("name", "sampler", "spacing", "eta", "clamp", "calls", "n", "distance", "floor", "seconds", "weights", "seed",
+           "device", "machine", "threads", "torch", "data", "date", "command")  # fmt: skip
+
+
+def draw(
+    model, schedule, shape, target: str, sampler: str, spacing: str, eta: float, calls: int, clamp: bool, rng
+) -> Tensor:
+    """Pictures of `shape` in model range from the noise that `rng` gives next."""
+    if sampler == "ddpm":
+        return sampling.last(sampling.ddpm_sample(model, schedule, shape, target, clamp=clamp, generator=rng))
+    times = sampling.spaced_timesteps(schedule, calls, spacing)
+    if sampler == "ddim":
+        return sampling.last(sampling.ddim_sample(model, schedule, shape, times, target, eta, clamp, rng))
+    return sampling.last(sampling.dpm_solver_sample(model, schedule, shape, times, target, clamp, rng))
+
+
+def measure(
+    model, cfg, ruler: Ruler, n: int, device, sampler: str, spacing: str, eta: float, calls: int, clamp: bool
+) -> dict:
+    """Fréchet distance of n pictures, and the seconds it took to draw them."""
+    schedule = make_schedule(**cfg.noise()).to(device)
+    rng, parts = torch.Generator(device).manual_seed(SEED), []
+    synchronise(device)
+    began = time.perf_counter()
+    for first in range(0, n, BATCH):
+        shape = (min(BATCH, n - first), cfg.channels, cfg.image_size, cfg.image_size)
+        parts.append(draw(model, schedule, shape, cfg.target, sampler, spacing, eta, calls, clamp, rng))
+    synchronise(device)
+    seconds = time.perf_counter() - began
+    return {"distance": ruler.distance(data.to_image_range(torch.cat(parts)).cpu()), "seconds": seconds}
+
+
+def run(out: Path, n: int, device, most: int, command: str) -> None:
+    """All points of the plan of up to `most` calls that `out` lacks, few calls first."""
+    dataset = runtime.shrink("fashion_mnist", "digits")
+    train_set, test_set = data.load_images(dataset, "train"), data.load_images(dataset, "test", say=False)
+    if train_set.title != data.TITLES[dataset]:
+        raise SystemExit(f"{data.TITLES[dataset]} was not found: nothing is measured on {train_set.title}")
+    cfg = config.for_this_run(config.TrainConfig(dataset))
+    model = pretrained.obtain(cfg, device, seconds=2) if runtime.is_fast() else pretrained.load(dataset, device)[0]
+    same = {
+        "weights": "fast mode" if runtime.is_fast() else pretrained.card(dataset)["date"],
+        **machine(device, train_set.title),
+    }
+    rows = read_rows(out)
+    for row in rows:
+        if {key: row[key] for key in same} != same:
+            raise SystemExit(
+                f"{runtime.short_path(out)} holds results of other weights or another machine: name another file"
+            )
+    points = [(calls, name) for name, entry in PLAN.items() for calls in entry[-1]]
+    points = [(calls, name) for calls, name in sorted(points) if calls <= min(most, cfg.timesteps)]
+    done = {(row["calls"], row["name"]) for row in rows if row["n"] == n}
+    waiting = [point for point in points if point not in done]
+    if not waiting:
+        return
+    ruler = Ruler(train_set, test_set, device)
+    floor = ruler.floor(n)
+    for calls, name in waiting:
+        sampler, spacing, eta, _ = PLAN[name]
+        found = measure(model, cfg, ruler, n, device, sampler, spacing, eta, calls, clamp=True)
+        row = {"name": name, "sampler": sampler, "spacing": spacing, "eta": eta, "clamp": True, "calls": calls, "n": n, **found,
+               "floor": floor, "seed": SEED, **same, "date": datetime.date.today().isoformat(), "command": command}  # fmt: skip
+        append(out, row)
+        print(
+            f"{name}, {calls} calls: {found['distance']:.2f}, floor {floor:.2f}, {found['seconds']:.0f} s", flush=True
+        )
+
+
+def report(out: Path) -> str:
+    """A table in Markdown, which is returned, and CSV and plot beside `out`. Raises FileNotFoundError if there are no results."""
+    rows = sorted(read_rows(out), key=lambda row: (list(PLAN).index(row["name"]), row["calls"]))
+    if not rows:
+        raise FileNotFoundError(f"no results in {runtime.short_path(out)}: run `python -m benchmarks.sampling` first")
+    with open(out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    calls = sorted({row["calls"] for row in rows})
+    lines = ["| sampler | " + " | ".join(f"{c} calls" for c in calls) + " |", "|---" + "|---:" * len(calls) + "|"]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        found = {row["calls"]: f"{row['distance']:.1f}" for row in rows if row["name"] == name}
+        lines.append(f"| {name} | " + " | ".join(found.get(c, "") for c in calls) + " |")
+    draw_plot(rows, out.with_suffix(".png"))
+    return "\n".join(lines)
+
+
+def draw_plot(rows: list[dict], path: Path) -> None:
+    """Distance over floor against calls, both logarithmic, a line a sampler."""
+    fig, ax = plots.figure(width=7.0, height=4.2)
+    for name, sign in zip(dict.fromkeys(row["name"] for row in rows), cycle("osD^vP*X"), strict=False):
+        points = [(row["calls"], row["distance"] / row["floor"]) for row in rows if row["name"] == name]
+        ax.loglog(*zip(*points, strict=True), marker=sign, label=name)
+    ax.set(xlabel="network calls a picture", ylabel="Fréchet distance / floor")
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    fig.savefig(path)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--n", type=int, default=runtime.shrink(N, 24), help="pictures a measurement (%(default)s)")
+    parser.add_argument(
+        "--most", type=int, default=1000, help="leave out what takes more calls than this (%(default)s)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, mps; the best one here if left out")
+    parser.add_argument("--out", type=Path, help="file of the results (benchmarks/sampling_<device>.jsonl)")
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing, write the table from the results there are"
+    )
+    args = parser.parse_args(arguments)
+    device = runtime.pick_device(args.device)
+    folder = runtime.output_dir("benchmarks") if runtime.is_fast() else Path(__file__).parent
+    out = args.out or folder / f"sampling_{device.type}.jsonl"
+    if not args.report:
+        shown = [out.name if text == str(args.out) else text for text in arguments]  # no folder of this machine
+        run(out, args.n, device, args.most, shlex.join(["python", "-m", "benchmarks.sampling", *shown]))
+    print(report(out))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
