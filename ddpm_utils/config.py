@@ -48,9 +48,7 @@ class TrainConfig:
     beta_scale: float = 1.0  # multiplies the linear betas, 0.001 … 1000; 1000 / T keeps the noise of T = 1000
     target: str = "v"  # what the network predicts, "eps", "x0" or "v"
     # network
-    model: str = (
-        "unet"  # "unet", described by the fields below, or from the gallery "anime", "article", "guide" or "mnist32"
-    )
+    model: str = "unet"  # "unet", of the fields below, or a gallery member: "anime", "article", "guide", "mnist32"
     widths: tuple[int, ...] = (48, 64)  # channels of each level, multiples of `groups`
     blocks: int = 2  # residual blocks a level, down and up, 1 … 8
     attention_levels: tuple[int, ...] = (1,)  # levels (0 is the finest) with self-attention; may be empty

@@ -221,7 +221,7 @@ def test_labels_reach_network_and_sampler(tmp_path):
     runtime.seed_everything(0)
     start = pretrained.build(TrainConfig(**CONFIG | {"num_classes": 10})).label.weight
     moved = (embedding - start).abs().sum(dim=1) > 1e-4
-    assert moved[:10].all() and not moved[10]  # every digit was learned, the row for "no label" was not
+    assert moved.all()  # every digit was learned, and the row for "no label" from the pictures whose label was withheld
     assert command.main(["sample", "--weights", str(tmp_path), "--n", "1", "--steps", "2", "--out", str(tmp_path)]) == 0
 
 
