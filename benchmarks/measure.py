@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_utils import runtime
+from ddpm_utils import data, runtime
 
 
 def synchronise(device: torch.device) -> None:
@@ -50,6 +50,15 @@ def flops_per_image(model: nn.Module, shape: tuple[int, ...], device: torch.devi
         model(x, t).square().mean().backward()
     model.zero_grad()
     return counter.get_total_flops() / 2
+
+
+def real_sets() -> tuple[data.ImageSet, data.ImageSet]:
+    """Training and test set of Fashion-MNIST (in fast mode, digits); SystemExit if they are not to be had."""
+    dataset = runtime.shrink("fashion_mnist", "digits")
+    train_set, test_set = data.load_images(dataset, "train"), data.load_images(dataset, "test")
+    if train_set.title != data.TITLES[dataset]:
+        raise SystemExit(f"{data.TITLES[dataset]} was not found: nothing is measured on {train_set.title}")
+    return train_set, test_set
 
 
 def machine(device: torch.device, title: str) -> dict:

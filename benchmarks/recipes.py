@@ -7,7 +7,6 @@ CSV and plot beside it; given again, it goes on where it was stopped. `--report`
 import argparse
 import datetime
 import os
-import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -18,8 +17,8 @@ from torch import Tensor
 from ddpm_utils import data, evaluation, pretrained, runtime, sampling
 
 from .contestants import CHOICES, CONTESTANTS, Ours, Training
-from .measure import flops_per_image, machine, matrix_peak
-from .results import append, minutes, read_rows, report
+from .measure import flops_per_image, machine, matrix_peak, real_sets
+from .results import append, minutes, place_and_command, read_rows, report
 
 # contestant: {mark in seconds of training: seeds}. A mark is a run of its own, whose learning rate ends there; only a
 # contestant whose rate never falls (`Article`) is one run, read off at each of its marks.
@@ -83,10 +82,7 @@ class Bench:
 
     def __init__(self, plan: dict, out: Path, n: int, device: torch.device, compiled: bool, command: str):
         self.plan, self.out, self.n, self.device, self.compiled, self.command = plan, out, n, device, compiled, command
-        dataset = runtime.shrink("fashion_mnist", "digits")
-        train_set, test_set = data.load_images(dataset, "train"), data.load_images(dataset, "test")
-        if train_set.title != data.TITLES[dataset]:
-            raise SystemExit(f"{data.TITLES[dataset]} was not found: nothing is measured on {train_set.title}")
+        train_set, test_set = real_sets()
         if n > len(test_set):
             raise SystemExit(f"--n {n}: the floor needs as many test images, and there are {len(test_set)}")
         self.same = machine(device, train_set.title)
@@ -244,12 +240,10 @@ def main(arguments: list[str]) -> None:
     )
     args = parser.parse_args(arguments)
     device = runtime.pick_device(args.device)
-    folder = runtime.output_dir("benchmarks") if runtime.is_fast() else Path(__file__).parent
-    out = args.out or folder / f"{'choices' if args.choices else 'recipes'}_{device.type}.jsonl"
+    stem = f"{'choices' if args.choices else 'recipes'}_{device.type}"
+    out, command = place_and_command("recipes", arguments, args.out, stem)
     if not args.report:
         plan = choose(CHOICES_PLAN if args.choices else PLAN, args.contestants, args.minutes, args.seeds)
-        shown = [out.name if text == str(args.out) else text for text in arguments]  # no folder of this machine
-        command = shlex.join(["python", "-m", "benchmarks.recipes", *shown])
         try:
             Bench(plan, out, args.n, device, args.compile, command).run()
         except KeyboardInterrupt:

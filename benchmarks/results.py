@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shlex
 import statistics
 from itertools import cycle
 from pathlib import Path
@@ -34,6 +35,22 @@ def append(out: Path, row: dict) -> None:
         file.write("\n" * broken + json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_csv(out: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
+    """`rows` as CSV beside the results in `out`."""
+    with open(out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def place_and_command(module: str, arguments: list[str], given: Path | None, stem: str) -> tuple[Path, str]:
+    """The file of the results, `given` or `stem` in the usual folder, and the command line without folders of this machine."""
+    folder = runtime.output_dir("benchmarks") if runtime.is_fast() else Path(__file__).parent
+    out = given or folder / f"{stem}.jsonl"
+    shown = [out.name if text == str(given) else text for text in arguments]
+    return out, shlex.join(["python", "-m", f"benchmarks.{module}", *shown])
 
 
 def current(rows: list[dict]) -> list[dict]:
@@ -176,10 +193,7 @@ def report(out: Path) -> str:
     rows = current(read_rows(out))
     if not rows:
         raise FileNotFoundError(f"no results in {runtime.short_path(out)}: run `python -m benchmarks.recipes` first")
-    with open(out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out, COLUMNS, rows)
     lines = [*preface(rows), ""]
     for sampler, title in (("common", "the common sampler, a clamped DDIM"), ("own", "the contestant's own sampler")):
         for n in sorted({row["n"] for row in rows if row["sampler"] == sampler}, reverse=True):

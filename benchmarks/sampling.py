@@ -5,9 +5,7 @@ goes on where it was stopped. Lesson 06 draws its slow points from the CSV.
 """
 
 import argparse
-import csv
 import datetime
-import shlex
 import sys
 import time
 from itertools import cycle
@@ -19,9 +17,9 @@ from torch import Tensor
 from ddpm_utils import config, data, plots, pretrained, runtime, sampling
 from ddpm_utils.schedules import make_schedule
 
-from .measure import machine, synchronise
+from .measure import machine, real_sets, synchronise
 from .recipes import Ruler
-from .results import append, read_rows
+from .results import append, place_and_command, read_rows, write_csv
 
 # name: (sampler, spacing, eta, the numbers of calls)
 PLAN = {
@@ -72,9 +70,7 @@ def measure(
 def run(out: Path, n: int, device, most: int, command: str) -> None:
     """All points of the plan of up to `most` calls that `out` lacks, few calls first."""
     dataset = runtime.shrink("fashion_mnist", "digits")
-    train_set, test_set = data.load_images(dataset, "train"), data.load_images(dataset, "test", say=False)
-    if train_set.title != data.TITLES[dataset]:
-        raise SystemExit(f"{data.TITLES[dataset]} was not found: nothing is measured on {train_set.title}")
+    train_set, test_set = real_sets()
     cfg = config.for_this_run(config.TrainConfig(dataset))
     model = pretrained.obtain(cfg, device, seconds=2) if runtime.is_fast() else pretrained.load(dataset, device)[0]
     same = {
@@ -111,10 +107,7 @@ def report(out: Path) -> str:
     rows = sorted(read_rows(out), key=lambda row: (list(PLAN).index(row["name"]), row["calls"]))
     if not rows:
         raise FileNotFoundError(f"no results in {runtime.short_path(out)}: run `python -m benchmarks.sampling` first")
-    with open(out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out, COLUMNS, rows)
     calls = sorted({row["calls"] for row in rows})
     lines = ["| sampler | " + " | ".join(f"{c} calls" for c in calls) + " |", "|---" + "|---:" * len(calls) + "|"]
     for name in dict.fromkeys(row["name"] for row in rows):
@@ -148,11 +141,9 @@ def main(arguments: list[str]) -> None:
     )
     args = parser.parse_args(arguments)
     device = runtime.pick_device(args.device)
-    folder = runtime.output_dir("benchmarks") if runtime.is_fast() else Path(__file__).parent
-    out = args.out or folder / f"sampling_{device.type}.jsonl"
+    out, command = place_and_command("sampling", arguments, args.out, f"sampling_{device.type}")
     if not args.report:
-        shown = [out.name if text == str(args.out) else text for text in arguments]  # no folder of this machine
-        run(out, args.n, device, args.most, shlex.join(["python", "-m", "benchmarks.sampling", *shown]))
+        run(out, args.n, device, args.most, command)
     print(report(out))
 
 

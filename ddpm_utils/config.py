@@ -8,13 +8,8 @@ from dataclasses import dataclass
 DATASETS = ("fashion_mnist", "mnist", "digits")
 SCHEDULES = ("linear", "cosine")
 TARGETS = ("eps", "x0", "v")
-MODELS = (
-    "unet",
-    "anime",
-    "article",
-    "guide",
-    "mnist32",
-)  # ours, and those of `gallery`, which is too heavy to be asked here
+# Our network, and those of `gallery`, which is too heavy to be asked here.
+MODELS = ("unet", "anime", "article", "guide", "mnist32")
 OPTIMIZERS = ("muon", "adamw", "adam")
 DRAWS = ("middle", "stratified", "uniform")
 

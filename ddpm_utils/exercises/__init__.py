@@ -1,5 +1,6 @@
 """Checks for the readers' answers, one module a lesson. A check returns a Verdict: right, or what is wrong and why, in words."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -27,6 +28,11 @@ def wrong(words: str) -> Verdict:
 def unanswered(words: str = "not answered yet: put your answer in the place of None and run the cell again") -> Verdict:
     """The verdict where nothing has been answered yet."""
     return Verdict(None, words)
+
+
+def is_number(guess) -> bool:
+    """Whether a reader's guess is a finite number; True and False are none."""
+    return not isinstance(guess, bool) and isinstance(guess, int | float) and math.isfinite(guess)
 
 
 def attempt(answer, *arguments):

@@ -4,14 +4,14 @@ import math
 
 import torch
 
-from . import Verdict, attempt, right, unanswered, wrong
+from . import Verdict, attempt, is_number, right, unanswered, wrong
 
 
 def check_crossing(guess, schedule) -> Verdict:
     """Is `guess` the first t at which noise outweighs the picture, so SNR < 1? Right within 5 % of the steps."""
     if guess is None:
         return unanswered()
-    if isinstance(guess, bool) or not isinstance(guess, int | float) or not math.isfinite(guess):
+    if not is_number(guess):
         return wrong(f"{guess!r} is no number: give a step t, such as {len(schedule) // 3}")
     steps = len(schedule)
     if not 0 <= guess < steps:

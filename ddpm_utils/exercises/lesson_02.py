@@ -5,14 +5,14 @@ import math
 import torch
 
 from ..embeddings import sinusoidal_embedding
-from . import Verdict, attempt, right, unanswered, wrong
+from . import Verdict, attempt, is_number, right, unanswered, wrong
 
 
 def check_frozen(guess, timesteps: int, dim: int) -> Verdict:
     """Is `guess` the number of dimensions that range over less than 0.1 in `timesteps` steps? One off is near enough."""
     if guess is None:
         return unanswered()
-    if isinstance(guess, bool) or not isinstance(guess, int | float) or not math.isfinite(guess):
+    if not is_number(guess):
         return wrong(f"{guess!r} is no number: give how many of the {dim} dimensions are frozen")
     frozen, sines = _frozen(timesteps, dim), _frozen(timesteps, dim, sines_only=True)
     if abs(guess - frozen) <= 1:

@@ -4,14 +4,14 @@ import math
 
 import torch
 
-from . import Verdict, attempt, right, unanswered, wrong
+from . import Verdict, attempt, is_number, right, unanswered, wrong
 
 
 def check_last_noise(guess) -> Verdict:
     """Exercise 5.1: noise wrongly added at t = 0 with beta_0 = 1e-4, as a standard deviation in grey levels of 0 … 255."""
     if guess is None:
         return unanswered()
-    if isinstance(guess, bool) or not isinstance(guess, int | float) or not math.isfinite(guess):
+    if not is_number(guess):
         return wrong(f"a number is wanted, such as 12.0; got {guess!r}")
     truth, slack = math.sqrt(1e-4) * 127.5, 0.15
     if abs(guess / truth - 1) <= slack:

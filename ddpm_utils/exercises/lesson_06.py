@@ -4,14 +4,14 @@ import math
 
 import torch
 
-from . import Verdict, attempt, right, unanswered, wrong
+from . import Verdict, attempt, is_number, right, unanswered, wrong
 
 
 def check_half_way(guess) -> Verdict:
     """Exercise 6.1: the standard deviation half-way on the straight line between two independent standard normal noises."""
     if guess is None:
         return unanswered()
-    if isinstance(guess, bool) or not isinstance(guess, int | float) or not math.isfinite(guess):
+    if not is_number(guess):
         return wrong(f"a number is wanted, such as 0.9; got {guess!r}")
     if abs(guess - math.sqrt(0.5)) < 0.01:
         return right("√½ = 0.707: each noise brings a quarter of its variance, and independent variances add.")

@@ -1,17 +1,15 @@
 """Checks for lesson 07: guidance."""
 
-import math
-
 import torch
 
-from . import Verdict, attempt, right, unanswered, wrong
+from . import Verdict, attempt, is_number, right, unanswered, wrong
 
 
 def check_convention(guess) -> Verdict:
     """Exercise 7.1: the scale of `Guided` that is w = 0.3 in the convention of Ho and Salimans."""
     if guess is None:
         return unanswered()
-    if isinstance(guess, bool) or not isinstance(guess, int | float) or not math.isfinite(guess):
+    if not is_number(guess):
         return wrong(f"a number is wanted, such as 4.0; got {guess!r}")
     if abs(guess - 1.3) < 1e-6:
         return right("scale = 1 + w: their w counts how far to go beyond the answer with the label.")

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import Verdict, attempt, right, unanswered, wrong
+from . import Verdict, attempt, is_number, right, unanswered, wrong
 
 
 def check_distance(guess) -> Verdict:
@@ -13,7 +13,7 @@ def check_distance(guess) -> Verdict:
         return unanswered()
     if isinstance(guess, torch.Tensor) and guess.numel() == 1:
         guess = guess.item()
-    if isinstance(guess, bool) or not isinstance(guess, int | float) or not math.isfinite(guess):
+    if not is_number(guess):
         return wrong(f"a number is wanted, such as 12.0; got {guess!r}")
     if abs(guess - 48) < 0.01:
         return right("48: each coordinate adds 0.5² for the shift and (1.5 − 1)² for the stretch, and there are 96.")

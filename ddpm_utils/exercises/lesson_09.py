@@ -4,14 +4,14 @@ import math
 
 import torch
 
-from . import Verdict, attempt, right, unanswered, wrong
+from . import Verdict, attempt, is_number, right, unanswered, wrong
 
 
 def check_lead(guess) -> Verdict:
     """Exercise 9.1: the mean of ln s₁ − ln s₂ for two pictures with |x₁ − x₂|² = 100 at a signal-to-noise ratio of 0.1."""
     if guess is None:
         return unanswered()
-    if isinstance(guess, bool) or not isinstance(guess, int | float) or not math.isfinite(guess):
+    if not is_number(guess):
         return wrong(f"a number is wanted, such as 2.5; got {guess!r}")
     if abs(guess - 5) < 0.1:
         return right(

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_times_and_labels
+
 SIZE = 28  # pixels a side: the shapes of the norms are part of the weights
 
 
@@ -98,11 +100,4 @@ def check_input(x: Tensor, t: Tensor, y: Tensor | None, timesteps: int) -> None:
             f"x_t has shape {tuple(x.shape)}, expected (batch, 1, {SIZE}, {SIZE}): the norms of this network fit no other size; "
             "resize the images"
         )
-    if t.shape != x.shape[:1] or t.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"t has shape {tuple(t.shape)} and dtype {t.dtype}, expected ({len(x)},) whole numbers: one an image"
-        )
-    if t.device.type == "cpu" and t.numel() and (t.min() < 0 or t.max() >= timesteps):
-        raise ValueError(f"t holds {t.min().item()} … {t.max().item()}, but the table has rows 0 … {timesteps - 1}")
-    if y is not None:
-        raise ValueError("labels y were given, but this network knows none: leave them out")
+    check_times_and_labels(x, t, y, timesteps)

@@ -18,6 +18,11 @@ def check_input(
         raise ValueError(
             f"height × width {x.shape[2]} × {x.shape[3]} must be multiples of {divisor}: try {' or '.join(map(str, sizes))}"
         )
+    check_times_and_labels(x, t, y, timesteps)
+
+
+def check_times_and_labels(x: Tensor, t: Tensor, y: Tensor | None, timesteps: int | None = None) -> None:
+    """Raise ValueError unless t is (B,) whole numbers within the table of times, if there is one, and y is None."""
     if t.shape != x.shape[:1] or t.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"t has shape {tuple(t.shape)} and dtype {t.dtype}, expected ({len(x)},) whole numbers: one an image"
