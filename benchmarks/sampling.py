@@ -35,25 +35,21 @@ PLAN = {
 N = 1000  # pictures a measurement
 BATCH = 250
 SEED = 0  # of the noise that all start from
-COLUMNS = ("name", "sampler", "spacing", "eta", "clamp", "calls", "n", "distance", "floor", "seconds", "weights", "seed",
+COLUMNS = ("name", "sampler", "spacing", "eta", "calls", "n", "distance", "floor", "seconds", "weights", "seed",
            "device", "machine", "threads", "torch", "data", "date", "command")  # fmt: skip
 
 
-def draw(
-    model, schedule, shape, target: str, sampler: str, spacing: str, eta: float, calls: int, clamp: bool, rng
-) -> Tensor:
-    """Pictures of `shape` in model range from the noise that `rng` gives next."""
+def draw(model, schedule, shape, target: str, sampler: str, spacing: str, eta: float, calls: int, rng) -> Tensor:
+    """Pictures of `shape` in model range, x̂0 held in [−1, 1], from the noise that `rng` gives next."""
     if sampler == "ddpm":
-        return sampling.last(sampling.ddpm_sample(model, schedule, shape, target, clamp=clamp, generator=rng))
+        return sampling.last(sampling.ddpm_sample(model, schedule, shape, target, generator=rng))
     times = sampling.spaced_timesteps(schedule, calls, spacing)
     if sampler == "ddim":
-        return sampling.last(sampling.ddim_sample(model, schedule, shape, times, target, eta, clamp, rng))
-    return sampling.last(sampling.dpm_solver_sample(model, schedule, shape, times, target, clamp, rng))
+        return sampling.last(sampling.ddim_sample(model, schedule, shape, times, target, eta, generator=rng))
+    return sampling.last(sampling.dpm_solver_sample(model, schedule, shape, times, target, generator=rng))
 
 
-def measure(
-    model, cfg, ruler: Ruler, n: int, device, sampler: str, spacing: str, eta: float, calls: int, clamp: bool
-) -> dict:
+def measure(model, cfg, ruler: Ruler, n: int, device, sampler: str, spacing: str, eta: float, calls: int) -> dict:
     """Fréchet distance of n pictures, and the seconds it took to draw them."""
     schedule = make_schedule(**cfg.noise()).to(device)
     rng, parts = torch.Generator(device).manual_seed(SEED), []
@@ -61,7 +57,7 @@ def measure(
     began = time.perf_counter()
     for first in range(0, n, BATCH):
         shape = (min(BATCH, n - first), cfg.channels, cfg.image_size, cfg.image_size)
-        parts.append(draw(model, schedule, shape, cfg.target, sampler, spacing, eta, calls, clamp, rng))
+        parts.append(draw(model, schedule, shape, cfg.target, sampler, spacing, eta, calls, rng))
     synchronise(device)
     seconds = time.perf_counter() - began
     return {"distance": ruler.distance(data.to_image_range(torch.cat(parts)).cpu()), "seconds": seconds}
@@ -93,8 +89,8 @@ def run(out: Path, n: int, device, most: int, command: str) -> None:
     floor = ruler.floor(n)
     for calls, name in waiting:
         sampler, spacing, eta, _ = PLAN[name]
-        found = measure(model, cfg, ruler, n, device, sampler, spacing, eta, calls, clamp=True)
-        row = {"name": name, "sampler": sampler, "spacing": spacing, "eta": eta, "clamp": True, "calls": calls, "n": n, **found,
+        found = measure(model, cfg, ruler, n, device, sampler, spacing, eta, calls)
+        row = {"name": name, "sampler": sampler, "spacing": spacing, "eta": eta, "calls": calls, "n": n, **found,
                "floor": floor, "seed": SEED, **same, "date": datetime.date.today().isoformat(), "command": command}  # fmt: skip
         append(out, row)
         print(

@@ -16,6 +16,9 @@ DRAWS = ("middle", "stratified", "uniform")
 # Fields that files of an earlier version lack, and what those files meant; the defaults may move on.
 ADDED = {"model": "unet", "timestep_draw": "stratified", "optimizer": "adamw", "label_drop": 0.0}
 
+# Fields that came after runs had been named: at these values the name is what it was, and the run's folder is found.
+UNNAMED = {"label_drop": 0.1}
+
 # The setting of DDPM (2006.11239): its schedule, what its network predicts, and how Algorithm 1 draws t.
 PAPER = {"schedule": "linear", "target": "eps", "timestep_draw": "uniform"}
 
@@ -164,7 +167,8 @@ class TrainConfig:
 
     def run_name(self) -> str:
         """A folder name that no run with another config has, such as `fashion_mnist-v-1f0a9c3e`."""
-        digest = hashlib.sha256(repr(sorted(self.to_dict().items())).encode()).hexdigest()[:8]
+        named = sorted((key, value) for key, value in self.to_dict().items() if UNNAMED.get(key) != value)
+        digest = hashlib.sha256(repr(named).encode()).hexdigest()[:8]
         return f"{self.dataset}-{self.target}-{digest}"
 
     def to_dict(self) -> dict:

@@ -115,6 +115,13 @@ def test_equal_configs_have_the_same_run_name():
     assert TrainConfig(epochs=2, widths=[48, 64]).run_name() == TrainConfig(epochs=2.0).run_name()
 
 
+def test_a_new_field_at_its_default_leaves_the_names_of_runs_alone():
+    assert (
+        TrainConfig().run_name() == "fashion_mnist-v-1c4e9dc4"
+    )  # as an earlier version named this run, and lesson 04 prints
+    assert all(getattr(TrainConfig(), field) == value for field, value in config.UNNAMED.items())
+
+
 @pytest.mark.parametrize("field", FIELDS)
 def test_differences_name_the_field_and_both_values(field):
     mine, theirs = TrainConfig(), TrainConfig(**{field: OTHER[field]})

@@ -61,5 +61,5 @@ def test_every_sampler_of_the_plan_starts_from_the_same_noise():
 
     for sampler, spacing, eta, _ in room.PLAN.values():
         rng = torch.Generator().manual_seed(room.SEED)
-        room.draw(model, schedule, (2, 1, 4, 4), "v", sampler, spacing, eta, 5, True, rng)
+        room.draw(model, schedule, (2, 1, 4, 4), "v", sampler, spacing, eta, 5, rng)
     assert len(starts) == len(room.PLAN) and all(torch.equal(start, starts[0]) for start in starts)
