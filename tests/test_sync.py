@@ -48,6 +48,7 @@ BUILT_IN = {
             "ddim_encode",
         ]
     },
+    "07_guidance": {"training": ["drop_labels"], "sampling": ["Guided"]},
     "08_evaluation": {
         "evaluation": [
             "frechet_distance",

@@ -20,8 +20,8 @@ from . import CLASSIFIER, FOLDER, build
 RECIPES = {
     "fashion_mnist": TrainConfig(dataset="fashion_mnist", epochs=8, ema_decay=0.998),
     "mnist": TrainConfig(dataset="mnist", epochs=5, ema_decay=0.998),
-    "fashion_mnist_labels": TrainConfig(dataset="fashion_mnist", num_classes=10, epochs=8, ema_decay=0.998),
-    "mnist_labels": TrainConfig(dataset="mnist", num_classes=10, epochs=5, ema_decay=0.998),
+    "fashion_mnist_labels": TrainConfig(dataset="fashion_mnist", num_classes=10, epochs=6, ema_decay=0.998),
+    "mnist_labels": TrainConfig(dataset="mnist", num_classes=10, epochs=4, ema_decay=0.998),
 }
 CLASSIFIERS = {"fashion_mnist": {"epochs": 6, "shift": 1}, "mnist": {"epochs": 4, "shift": 2}}
 
