@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm_utils import data, gallery, pretrained, runtime, sampling, training
-from ddpm_utils.config import PAPER, TrainConfig, for_this_run, preset_for
+from ddpm_utils.config import PAPER, UNNAMED, TrainConfig, for_this_run, preset_for
 from ddpm_utils.diffusion import q_sample, training_target
 from ddpm_utils.schedules import make_schedule
 
@@ -162,7 +162,7 @@ class Ours(Training):
     @classmethod
     def describe(cls, device: torch.device, compiled: bool) -> str:
         fields = cls.config(device).replace(epochs=1.0).to_dict()  # the clock says when the run ends
-        del fields["label_drop"]  # no contestant is told labels
+        fields = {key: value for key, value in fields.items() if UNNAMED.get(key) != value}  # as older results say it
         return f"{json.dumps(fields)} in {cls.precision(device)}" + " compiled" * compiled
 
     @classmethod

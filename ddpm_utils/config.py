@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 DATASETS = ("fashion_mnist", "mnist", "digits")
 SCHEDULES = ("linear", "cosine")
@@ -11,20 +13,28 @@ TARGETS = ("eps", "x0", "v")
 # Our network, and those of `gallery`, which is too heavy to be asked here.
 MODELS = ("unet", "anime", "article", "guide", "mnist32")
 OPTIMIZERS = ("muon", "adamw", "adam")
+RANGES = ("symmetric", "unit")
 DRAWS = ("middle", "stratified", "uniform")
 
 # Fields that files of an earlier version lack, and what those files meant; the defaults may move on.
-ADDED = {"model": "unet", "timestep_draw": "stratified", "optimizer": "adamw", "label_drop": 0.0}
+ADDED = {
+    "model": "unet",
+    "timestep_draw": "stratified",
+    "optimizer": "adamw",
+    "label_drop": 0.0,
+    "pad": 0,
+    "data_range": "symmetric",
+}
 
 # Fields that came after runs had been named: at these values the name is what it was, and the run's folder is found.
-UNNAMED = {"label_drop": 0.1}
+UNNAMED = {"label_drop": 0.1, "pad": 0, "data_range": "symmetric"}
 
 # The setting of DDPM (2006.11239): its schedule, what its network predicts, and how Algorithm 1 draws t.
 PAPER = {"schedule": "linear", "target": "eps", "timestep_draw": "uniform"}
 
 # Fields that decide what a set of weights means. Runs that agree on them can share weights.
 WEIGHT_FIELDS = (
-    "dataset", "image_size", "channels", "timesteps", "schedule", "beta_scale", "target",
+    "dataset", "image_size", "channels", "pad", "data_range", "timesteps", "schedule", "beta_scale", "target",
     "model", "widths", "blocks", "attention_levels", "fold", "time_dim", "groups", "heads", "num_classes",
 )  # fmt: skip
 
@@ -37,9 +47,11 @@ class TrainConfig:
     """
 
     # data
-    dataset: str = "fashion_mnist"  # "fashion_mnist", "mnist" or "digits"
+    dataset: str = "fashion_mnist"  # "fashion_mnist", "mnist", "digits", or a folder of pictures, such as ./faces
     image_size: int = 28  # pixels a side, 8 … 256
     channels: int = 1  # 1 (grey) or 3 (RGB)
+    pad: int = 0  # black pixels on each side, within image_size, 0 … less than half of it
+    data_range: str = "symmetric"  # of the network's pictures: [−1, 1], or "unit", [0, 1], for the recipe mnist32 alone
     # diffusion
     timesteps: int = 1000  # T, 2 … 10000
     schedule: str = "cosine"  # of the betas, "linear" or "cosine"
@@ -77,7 +89,8 @@ class TrainConfig:
             if not isinstance(values, list | tuple) or any(type(value) is not int for value in values):
                 raise ValueError(f"{name}={values!r} must be a tuple of whole numbers, such as (48, 64) or (1,)")
             object.__setattr__(self, name, tuple(values))
-        self._one_of("dataset", DATASETS)
+        if not isinstance(self.dataset, str) or not re.search(r"[/\\]", self.dataset):  # no path
+            self._one_of("dataset", DATASETS, f", or give a folder of pictures as a path, such as './{self.dataset}'")
         self._one_of("schedule", SCHEDULES)
         self._one_of("target", TARGETS)
         self._one_of("model", MODELS)
@@ -85,6 +98,8 @@ class TrainConfig:
         self._one_of("optimizer", OPTIMIZERS)
         self._within("image_size", 8, 256)
         self._one_of("channels", (1, 3))
+        self._within("pad", 0, (self.image_size - 1) // 2)
+        self._one_of("data_range", RANGES)
         self._within("timesteps", 2, 10_000)
         self._within("beta_scale", 1e-3, 1e3)
         self._within("blocks", 1, 8)
@@ -121,10 +136,10 @@ class TrainConfig:
                     f"attention_levels holds {level}, but widths {self.widths} has levels 0 … {len(self.widths) - 1}"
                 )
 
-    def _one_of(self, name, options):
+    def _one_of(self, name, options, more=""):
         value = getattr(self, name)
         if value not in options:
-            raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(map(repr, options))}")
+            raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(map(repr, options))}{more}")
 
     def _within(self, name, low, high):
         value = getattr(self, name)
@@ -136,6 +151,11 @@ class TrainConfig:
         if isinstance(low, int) and value != int(value):
             raise ValueError(f"{name}={value!r} must be a whole number: try {round(value)}")
         object.__setattr__(self, name, type(low)(value))  # 2 and 2.0 are one config with one `run_name`
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of pictures that `dataset` names, or None."""
+        return None if self.dataset in DATASETS else Path(self.dataset).expanduser()
 
     def network(self) -> dict:
         """Keyword arguments for `unet.UNet`; `pretrained.build` makes whatever network `model` names."""
@@ -169,7 +189,8 @@ class TrainConfig:
         """A folder name that no run with another config has, such as `fashion_mnist-v-1f0a9c3e`."""
         named = sorted((key, value) for key, value in self.to_dict().items() if UNNAMED.get(key) != value)
         digest = hashlib.sha256(repr(named).encode()).hexdigest()[:8]
-        return f"{self.dataset}-{self.target}-{digest}"
+        data = re.sub(r"\W+", "_", self.folder.resolve().name) if self.folder else self.dataset
+        return f"{data}-{self.target}-{digest}"
 
     def to_dict(self) -> dict:
         """Plain values only, fit for JSON and for a checkpoint."""
@@ -207,12 +228,20 @@ def preset_for(device_type: str) -> dict:
 
 
 def for_this_run(cfg: TrainConfig) -> TrainConfig:
-    """`cfg`, or in fast mode the same run with everything that costs time shrunk; betas grow as T shrinks, so the noise stays."""
+    """`cfg`, or in fast mode the same run with everything that costs time shrunk; betas grow as T shrinks, so the noise stays.
+
+    The widths of the gallery's networks are fixed: these see fewer and smaller pictures, of a size that all but one can take.
+    """
     from . import runtime  # brings torch, which a command line that only shows its help does not wait for
 
     if not runtime.is_fast():
         return cfg
     timesteps = min(cfg.timesteps, 50)
+    if cfg.model != "unet":
+        size = cfg.image_size if cfg.model == "article" else 8
+        cfg = cfg.replace(
+            epochs=min(cfg.epochs, 2e-4), batch_size=min(cfg.batch_size, 4), image_size=size, pad=min(cfg.pad, 2)
+        )
     return cfg.replace(
         timesteps=timesteps,
         beta_scale=min(cfg.beta_scale * cfg.timesteps / timesteps, 40.0),

@@ -47,13 +47,18 @@ class ImageSet:
         return replace(self, images=self.images[:n], labels=self.labels[:n])
 
 
-def to_model_range(images: Tensor) -> Tensor:
-    """uint8 0 … 255 → float32 in exactly [−1, 1]. Raises ValueError on another dtype."""
+def to_model_range(images: Tensor, data_range: str = "symmetric") -> Tensor:
+    """uint8 0 … 255 → float32 in exactly [−1, 1], or [0, 1] if `data_range` is "unit". Raises ValueError on another dtype."""
     if images.dtype != torch.uint8:
         raise ValueError(
             f"images have dtype {images.dtype}, expected uint8 (0 … 255): they may be in model range already"
         )
-    return images.float() / 127.5 - 1
+    return images.float() / 255 if data_range == "unit" else images.float() / 127.5 - 1
+
+
+def to_symmetric(x: Tensor, data_range: str) -> Tensor:
+    """Pictures that a network of this `data_range` drew → [−1, 1], in which all else takes them."""
+    return 2 * x - 1 if data_range == "unit" else x
 
 
 def to_image_range(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,16 @@ def checkpoint_dir(*parts: str) -> Path:
     base = os.environ.get("DDPM_CHECKPOINT_DIR", "")
     path = Path(base).expanduser() if base else ROOT / "checkpoints"
     return path.joinpath(*(["fast"] if is_fast() else []), *parts)
+
+
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes free on `device`. Of main memory Linux alone tells; elsewhere 4 GiB are assumed."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        return 4 * 2**30
 
 
 def short_path(path: Path | str) -> str:

@@ -149,7 +149,9 @@ def ddim_encode(model, schedule: NoiseSchedule, x0: Tensor, steps: int | Sequenc
     device, times = schedule.betas.device, check_times(schedule, steps)[::-1]
     with eval_mode(model):
         x_t = x0
-        for step, following in zip(times, [*times[1:], times[-1]], strict=True):  # the last state is yielded, and goes nowhere
+        for step, following in zip(
+            times, [*times[1:], times[-1]], strict=True
+        ):  # the last state is yielded, and goes nowhere
             t = torch.full((len(x0),), step, device=device)
             x0_hat = guess_x0(model, schedule, x_t, t, target, False, y)
             yield step, x_t, x0_hat

@@ -149,10 +149,11 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
           evaluate_every: int | None = None, labels: Tensor | None = None) -> Iterator[StepRecord]:  # fmt: skip
     """Run `state` to the end of its config, yielding a StepRecord after every step.
 
-    images: (N, C, H, W) uint8, moved to the device once. With `held_out` images, their loss is measured every
-    `evaluate_every` steps (a tenth of the run if not given). With a `folder`, `last.pt` is written at those points and at the
-    end, and `best.pt` when the held-out loss is the lowest so far. The stop button (Ctrl-C) or SIGTERM ends the loop between
-    two steps, with `state.stopped` set and `last.pt` written: calling `train` again goes on exactly.
+    images: (N, C, H, W) uint8, moved to the device once; or `folders.FolderImages`, read a batch at a time. With `held_out`
+    images, their loss is measured every `evaluate_every` steps (a tenth of the run if not given). With a `folder`, `last.pt` is
+    written at those points and at the end, and `best.pt` when the held-out loss is the lowest so far. The stop button (Ctrl-C)
+    or SIGTERM ends the loop between two steps, with `state.stopped` set and `last.pt` written: calling `train` again goes on
+    exactly.
 
     Inside `distributed.group` every process makes this same call and sees the loss of the whole batch; process 0 alone
     measures and writes. Leave the loop early with `state.stopped = True`, which reaches the others: after `break` they wait.
@@ -162,21 +163,25 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
     that do not go with them, and on processes that do not agree; TrainingDiverged when the loss is not finite or beyond
     `EXPLODED` (on a GPU up to `READ_EVERY` steps later); distributed.WorkerLost when another process dies.
     """
-    cfg, images = state.cfg, check_images(images).to(state.device)
+    cfg, mine = state.cfg, distributed.share(state.cfg.batch_size)
+    streamed = not isinstance(images, Tensor)
+    if not streamed:
+        images = check_images(images).to(state.device)
     if held_out is not None:
         check_images(held_out)
     if labels is not None:
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels have shape {tuple(labels.shape)}, expected one a picture: ({len(images)},)")
         labels = labels.to(state.device)
-    distributed.share(cfg.batch_size)
     if folder is not None and distributed.rank() == 0:
         _check_folder(Path(folder))
     total = cfg.steps(len(images))
+    order = (batch_indices(len(images), step, cfg)[mine] for step in range(state.step, total))
+    ahead = images.ahead(order) if streamed else contextlib.nullcontext()
     every = evaluate_every or math.ceil(total / 10)
     state.model.train()
     state.stopped, state.unsaved = False, None
-    with _stop_between_steps(state), distributed.lost_worker(lambda: _lost(state, folder)):
+    with _stop_between_steps(state), distributed.lost_worker(lambda: _lost(state, folder)), ahead:
         distributed.agree(step=state.step, config=cfg.run_name(), images=tuple(images.shape))
         model = distributed.replicate(state.model, state.ema.model)
         first, unread, leave = state.step, {}, False
@@ -225,7 +230,7 @@ def _one_step(state: TrainState, model: nn.Module, images: Tensor, labels: Tenso
         t = sample_timesteps(n, timesteps, rng, state.device, cfg.timestep_draw == "middle")[mine]
     eps = torch.randn(n, *images.shape[1:], generator=rng, device=state.device)[mine]
     y = None if labels is None else drop_labels(labels[picked], cfg.label_drop, cfg.num_classes, rng)[mine]
-    x0 = to_model_range(images[picked[mine]])
+    x0 = to_model_range(images[picked[mine]].to(state.device), cfg.data_range)
     return train_step(model, state.optimizer, state.schedule, x0, t, eps, cfg.target, cfg.grad_clip, y)
 
 
@@ -242,7 +247,9 @@ def _measure_and_save(state: TrainState, held_out: Tensor | None, folder: Path |
         raise TrainingDiverged(_divergence(state, math.nan, state.step, folder))
     if distributed.rank() != 0:
         return None
-    measured = None if held_out is None else held_out_loss(state.ema.model, state.schedule, held_out, state.cfg.target)
+    measured, cfg = None, state.cfg
+    if held_out is not None:
+        measured = held_out_loss(state.ema.model, state.schedule, held_out, cfg.target, data_range=cfg.data_range)
     best, state.unsaved = state.best, None
     if measured is not None:
         state.best = min(best, measured)
@@ -319,17 +326,16 @@ def _stop_between_steps(state: TrainState):
 
 
 @torch.no_grad()
-def held_out_loss(
-    model, schedule: NoiseSchedule, images: Tensor, target: str, batch_size: int = 256, seed: int = 0
-) -> float:
+def held_out_loss(model, schedule: NoiseSchedule, images: Tensor, target: str, batch_size: int = 256, seed: int = 0,
+                  data_range: str = "symmetric") -> float:  # fmt: skip
     """Mean loss on `images` (uint8) with timesteps and noise fixed by `seed`, so that two networks meet the same questions."""
-    per_t = loss_per_timestep(model, schedule, images, target, None, batch_size, seed)
+    per_t = loss_per_timestep(model, schedule, images, target, None, batch_size, seed, data_range)
     return per_t.mean().item()
 
 
 @torch.no_grad()
 def loss_per_timestep(model, schedule: NoiseSchedule, images: Tensor, target: str, timesteps: Tensor | None,
-                      batch_size: int = 256, seed: int = 0) -> Tensor:  # fmt: skip
+                      batch_size: int = 256, seed: int = 0, data_range: str = "symmetric") -> Tensor:  # fmt: skip
     """Squared error per pixel of each image at its own timestep (`timesteps` (N,), or None for an even spread). Shape (N,)."""
     device = schedule.betas.device
     rng = torch.Generator(device=device).manual_seed(seed)
@@ -338,7 +344,7 @@ def loss_per_timestep(model, schedule: NoiseSchedule, images: Tensor, target: st
     losses = []
     with eval_mode(model):
         for x_u8, t in zip(images.split(batch_size), timesteps.split(batch_size), strict=True):
-            x0, t = to_model_range(x_u8).to(device), t.to(device)
+            x0, t = to_model_range(x_u8, data_range).to(device), t.to(device)
             eps = torch.randn(x0.shape, generator=rng, device=device)
             prediction = model(q_sample(schedule, x0, t, eps), t, None)
             losses.append((prediction - training_target(schedule, x0, t, eps, target)).square().flatten(1).mean(1))

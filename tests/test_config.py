@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,8 @@ BAD = {
     "dataset": ["cifar", "", None],
     "image_size": [0, 7, 257, 28.5, "28", None],
     "channels": [0, 2, 4, "1"],
+    "pad": [-1, 14, 1.5, "2", None],
+    "data_range": ["[0, 1]", "", None],
     "timesteps": [0, 1, -5, 10_001, 10.5, "1000", NAN, True],
     "schedule": ["quadratic", None],
     "beta_scale": [0, -1, 1e4, NAN, INF, "1"],
@@ -46,7 +49,8 @@ BAD = {
     "seed": [1.5, "zero", None],
 }
 OTHER = {
-    "dataset": "mnist", "image_size": 32, "channels": 3, "timesteps": 500, "schedule": "linear", "beta_scale": 2.0,
+    "dataset": "mnist", "image_size": 32, "channels": 3, "pad": 2, "data_range": "unit",
+    "timesteps": 500, "schedule": "linear", "beta_scale": 2.0,
     "target": "eps", "model": "article", "widths": (32, 32), "blocks": 1, "attention_levels": (), "fold": 1, "time_dim": 64,
     "groups": 8, "heads": 2, "dropout": 0.1, "num_classes": 10, "epochs": 1.0, "batch_size": 16, "label_drop": 0.2,
     "timestep_draw": "uniform",
@@ -93,7 +97,8 @@ def test_round_trip_through_a_dict_and_through_json(changes):
 
 
 def test_a_config_written_before_a_field_existed_means_what_it_meant():
-    added = {"model": "unet", "timestep_draw": "stratified", "optimizer": "adamw", "label_drop": 0.0}
+    added = {"model": "unet", "timestep_draw": "stratified", "optimizer": "adamw", "label_drop": 0.0, "pad": 0,
+             "data_range": "symmetric"}  # fmt: skip
     cfg = TrainConfig(**added, lr=1e-3)
     assert config.from_dict({name: value for name, value in cfg.to_dict().items() if name not in added}) == cfg
     assert config.from_dict(TrainConfig(**OTHER).to_dict()) == TrainConfig(**OTHER)
@@ -110,15 +115,31 @@ def test_run_name_differs_for_every_field_and_is_a_plain_folder_name():
     assert all(name == name.replace("/", "").replace(" ", "") for name in names)
 
 
+def test_a_path_is_a_folder_of_pictures_and_a_bare_word_is_not():
+    cfg = TrainConfig(dataset="~/my faces/")
+    assert cfg.folder == Path.home() / "my faces" and cfg.run_name().startswith("my_faces-v-")
+    assert TrainConfig(dataset="./x").run_name() != TrainConfig(dataset="../x").run_name()
+    assert TrainConfig().folder is None
+    with pytest.raises(
+        ValueError, match="dataset='faces' is not known: .*give a folder of pictures as a path.*'./faces'"
+    ):
+        TrainConfig(dataset="faces")
+
+
+def test_a_border_leaves_a_pixel():
+    assert TrainConfig(image_size=28, pad=13).pad == 13
+    with pytest.raises(ValueError, match="pad=14 is outside 0 … 13: the nearest allowed value is 13"):
+        TrainConfig(image_size=28, pad=14)
+
+
 def test_equal_configs_have_the_same_run_name():
     assert TrainConfig(epochs=2, widths=[48, 64]) == TrainConfig(epochs=2.0)
     assert TrainConfig(epochs=2, widths=[48, 64]).run_name() == TrainConfig(epochs=2.0).run_name()
 
 
 def test_a_new_field_at_its_default_leaves_the_names_of_runs_alone():
-    assert (
-        TrainConfig().run_name() == "fashion_mnist-v-1c4e9dc4"
-    )  # as an earlier version named this run, and lesson 04 prints
+    # As an earlier version named this run, and lesson 04 prints.
+    assert TrainConfig().run_name() == "fashion_mnist-v-1c4e9dc4"
     assert all(getattr(TrainConfig(), field) == value for field, value in config.UNNAMED.items())
 
 
@@ -133,7 +154,7 @@ def test_differences_name_the_field_and_both_values(field):
 
 def test_what_decides_the_meaning_of_weights():
     network = set(TrainConfig().network()) - {"dropout"}  # which leaves no trace in the weights' shapes or use
-    others = {"dataset", "image_size", "timesteps", "schedule", "beta_scale", "target", "model"}
+    others = {"dataset", "image_size", "pad", "data_range", "timesteps", "schedule", "beta_scale", "target", "model"}
     assert network | others <= set(config.WEIGHT_FIELDS)
 
 
@@ -185,3 +206,12 @@ def test_fast_mode_shrinks_any_valid_network_to_a_valid_one(monkeypatch, changes
     small, large = (sum(p.numel() for p in UNet(**cfg.network()).parameters()) for cfg in (fast, full))
     assert small <= large and len(fast.widths) == len(full.widths)
     assert fast.steps(1000) < 100
+
+
+@pytest.mark.parametrize("model", ["anime", "article", "guide", "mnist32"])
+def test_fast_mode_shows_the_gallery_few_and_small_pictures_of_a_size_it_takes(monkeypatch, model):
+    monkeypatch.setenv("DDPM_FAST", "1")
+    full = TrainConfig(model=model, image_size=28 if model == "article" else 48, pad=0 if model == "article" else 8)
+    fast = config.for_this_run(full)
+    assert fast.image_size == (28 if model == "article" else 8) and fast.image_size > 2 * fast.pad
+    assert fast.steps(60_000) <= 3 and config.for_this_run(fast) == fast

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_utils import folders
-from ddpm_utils.folders import find_images, load_folder, read_image
+from ddpm_utils import folders, runtime
+from ddpm_utils.folders import FolderImages, find_images, load_folder, read_image, train_and_test
+from ddpm_utils.training import TrainState, train
 
 
 @pytest.fixture
@@ -140,3 +141,89 @@ def test_progress_is_told(pictures):
     told = []
     load_folder(pictures, 8, progress=lambda done, total: told.append((done, total)))
     assert told == [(i, 5) for i in range(1, 6)]
+
+
+def test_a_border_is_black_and_inside_the_size(tmp_path):
+    flat("white").save(tmp_path / "white.png")
+    image = read_image(tmp_path / "white.png", 12, 1, pad=2)
+    assert image.shape == (1, 12, 12) and image[:, 2:-2, 2:-2].min() == 255
+    assert image.sum() == 255 * 8 * 8
+
+
+# held out, and left on disk
+
+
+@pytest.fixture
+def numbered(own_folders, tmp_path):
+    """120 pictures of one grey each, its number."""
+    for i in range(120):
+        flat(i, (9, 9), "L").save(tmp_path / f"{i:03}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_fiftieth_picture_is_held_out(numbered, stream):
+    part, held_out = train_and_test(numbered, 8, 1, stream=stream)
+    assert held_out.images[:, 0, 0, 0].tolist() == [0, 50, 100]
+    shown = part.images[torch.arange(len(part))]
+    assert shown.dtype == torch.uint8 and tuple(shown.shape) == tuple(part.images.shape) == (117, 1, 8, 8)
+    assert shown[:, 0, 0, 0].tolist() == [i for i in range(120) if i % 50]
+    assert len(part.labels) == 117 and part.title == numbered.name
+
+
+def test_of_many_pictures_about_a_thousand_are_held_out(monkeypatch, numbered):
+    monkeypatch.setattr(folders, "MOST_HELD_OUT", 2)
+    assert len(train_and_test(numbered, 8, 1)[1]) == 2
+
+
+def test_one_picture_is_too_few(own_folders, tmp_path):
+    flat("red").save(tmp_path / "only.png")
+    with pytest.raises(ValueError, match="holds 1 picture.*at least 2"):
+        train_and_test(tmp_path, 8)
+
+
+@pytest.mark.parametrize(("free", "kind"), [(4 * 120 * 64, torch.Tensor), (4 * 120 * 64 - 1, FolderImages)])
+def test_what_fills_more_than_a_quarter_of_the_free_memory_stays_on_disk(numbered, monkeypatch, capsys, free, kind):
+    monkeypatch.setattr(runtime, "free_memory", lambda device: free)
+    assert isinstance(train_and_test(numbered, 8, 1)[0].images, kind)
+    assert ("left on disk" in capsys.readouterr().out) == (kind is FolderImages)
+
+
+def test_a_streamed_run_and_its_resumption_are_the_run_in_memory_bit_for_bit(numbered, tiny, net):
+    """With dropout, whose masks come from the global generator, which a DataLoader draws from if it is let."""
+    cfg = tiny(dataset="./numbered", dropout=0.2, epochs=0.3, pad=1)
+
+    def losses(stream, stop=None):
+        images = train_and_test(numbered, 8, 1, pad=1, stream=stream)[0].images
+        torch.manual_seed(3)
+        state, found = TrainState(cfg, net(cfg)), []
+        while len(found) < cfg.steps(len(images)):
+            for record in train(state, images):
+                found.append(record.loss)
+                state.stopped = record.step == stop
+        return found
+
+    in_memory = losses(False)
+    assert len(in_memory) == 9 and losses(True) == in_memory and losses(True, stop=4) == in_memory
+
+
+def test_batches_come_in_the_order_that_was_foretold(numbered):
+    images = FolderImages(find_images(numbered), 8, 1)
+    order = [torch.tensor([5, 3]), torch.tensor([7])]
+    with images.ahead(order):
+        assert images[order[0]][:, 0, 0, 0].tolist() == [5, 3]
+        with pytest.raises(IndexError, match="not the batch that comes next"):
+            images[order[0]]
+    assert images[order[0]][:, 0, 0, 0].tolist() == [5, 3]
+
+
+def test_a_damaged_file_of_a_stream_is_named_in_one_line(numbered):
+    (numbered / "007.png").write_bytes(b"no picture")
+    images, picked = FolderImages(find_images(numbered), 8, 1), torch.tensor([6, 7])
+    with pytest.raises(ValueError, match="^[^\n]*007.png cannot be read: delete it, or mend it$"):
+        images[picked]
+    with (
+        images.ahead([picked]),
+        pytest.raises(ValueError, match="^[^\n]*007.png cannot be read: delete it, or mend it$"),
+    ):
+        images[picked]

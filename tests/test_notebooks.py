@@ -188,7 +188,13 @@ CHANGES = {
     ],
     "05": [{"DATASET": "mnist"}, {"DATASET": "digits"}, {"TIMESTEPS": 200}, {"SCHEDULE": "linear", "TARGET": "eps"}],
     "06": [{"DATASET": "mnist", "STEPS": 3}, {"DATASET": "digits"}, {"N_SAMPLES": 40}, {"STEPS": 200}, {"SEED": 7}],
-    "07": [{"DATASET": "mnist", "SCALE": 0.0}, {"DATASET": "digits"}, {"SCALE": 1.0, "STEPS": 3}, {"STEPS": 200}, {"SEED": 7}],
+    "07": [
+        {"DATASET": "mnist", "SCALE": 0.0},
+        {"DATASET": "digits"},
+        {"SCALE": 1.0, "STEPS": 3},
+        {"STEPS": 200},
+        {"SEED": 7},
+    ],
     "08": [
         {"DATASET": "mnist"},
         {"DATASET": "digits"},

@@ -18,6 +18,7 @@ COMMAND_LINE = {"__main__", "cli"}  # may import all, is imported by none, and i
 MAY_IMPORT = {
     "runtime": set(),
     "config": {"runtime"},
+    "recipes": {"config"},
     "data": {"runtime"},
     "folders": {"data", "runtime"},
     "schedules": set(),

@@ -871,7 +871,7 @@ def test_a_run_whose_last_save_fails_says_so_and_can_be_saved_elsewhere(fresh, t
 def test_a_best_that_was_not_written_is_not_the_best(fresh, tmp_path, monkeypatch):
     state = fresh(epochs=4)
     measures = iter([0.5, 0.4, 0.45, 0.3])
-    monkeypatch.setattr(training, "held_out_loss", lambda *_: next(measures))
+    monkeypatch.setattr(training, "held_out_loss", lambda *_, **__: next(measures))
     fill_disk(monkeypatch, "best", steps=(12,), state=state)
     with pytest.warns(RuntimeWarning, match="step 12: .*best.pt was not written"):
         bests = [(record.step, state.best) for record in train(state, IMAGES, HELD_OUT, tmp_path, 6) if record.held_out]

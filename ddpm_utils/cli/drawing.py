@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoints, config, pretrained, sampling
+from .. import checkpoints, config, data, pretrained, sampling
 from ..config import TrainConfig
 from ..schedules import make_schedule
 from .progress import Progress
@@ -36,12 +36,14 @@ def load_weights(what: str, device) -> tuple[nn.Module, TrainConfig]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How pictures are drawn: `n` of them by `sampler`, "ddim" in `steps` network calls or "ddpm" in all T."""
+    """How pictures are drawn: `n` of them by `sampler`, "ddim" in `steps` network calls or "ddpm" in all T, with `variance`."""
 
     n: int
     sampler: str
     steps: int
     seed: int
+    variance: str = "beta_tilde"
+    clamp: bool = True  # of x0_hat to [−1, 1]; never done for a network whose pictures lie in [0, 1]
 
     def __str__(self):
         return f"n {self.n:,}, {self.sampler}, {self.steps} network calls a picture, seed {self.seed}"
@@ -73,6 +75,7 @@ def draw(model: nn.Module, cfg: TrainConfig, how: Plan, device, wanted=()) -> tu
 
     A network with labels draws them in turn: 0, 1, 2, … and again.
     """
+    clamp = how.clamp and cfg.data_range == "symmetric"
     schedule = make_schedule(**cfg.noise()).to(device)
     rng = torch.Generator(device=device).manual_seed(how.seed)
     batches = torch.arange(how.n).split(BATCH)
@@ -82,14 +85,14 @@ def draw(model: nn.Module, cfg: TrainConfig, how: Plan, device, wanted=()) -> tu
         shape = (len(numbers), cfg.channels, cfg.image_size, cfg.image_size)
         y = (numbers % cfg.num_classes).to(device) if cfg.num_classes else None
         if how.sampler == "ddpm":
-            states = sampling.ddpm_sample(model, schedule, shape, cfg.target, generator=rng, y=y)
+            states = sampling.ddpm_sample(model, schedule, shape, cfg.target, how.variance, clamp, rng, y)
         else:
-            states = sampling.ddim_sample(model, schedule, shape, how.steps, cfg.target, generator=rng, y=y)
+            states = sampling.ddim_sample(model, schedule, shape, how.steps, cfg.target, 0.0, clamp, rng, y)
         for t, x_t, _ in states:
             done += 1
             progress.update(done)
             if not parts and t in wanted:
-                kept[t] = x_t.cpu()
-        parts.append(x_t.cpu())
+                kept[t] = data.to_symmetric(x_t.cpu(), cfg.data_range)
+        parts.append(data.to_symmetric(x_t.cpu(), cfg.data_range))
     progress.close()
     return torch.cat(parts), kept

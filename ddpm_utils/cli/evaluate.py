@@ -19,9 +19,13 @@ def run(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         device = runtime.pick_device(options.device)
         model, cfg = drawing.load_weights(options.weights, device)
+        if cfg.folder:
+            raise ValueError(
+                f"these weights draw {cfg.dataset}: the ruler needs labels, which a folder of pictures has not"
+            )
         how = drawing.plan(cfg, options.n, options.sampler, options.steps, options.seed)
-        train_set = data.load_images(cfg.dataset, image_size=cfg.image_size)
-        test_set = data.load_images(cfg.dataset, "test", image_size=cfg.image_size, say=False)
+        train_set = data.load_images(cfg.dataset, image_size=cfg.image_size, pad=cfg.pad)
+        test_set = data.load_images(cfg.dataset, "test", cfg.image_size, cfg.pad, say=False)
         if train_set.title != data.TITLES[cfg.dataset]:
             title = data.TITLES[cfg.dataset]
             raise FileNotFoundError(f"these weights draw {title}, which is neither on disk nor to be downloaded")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .. import config
 from ..config import TrainConfig
+from ..recipes import RECIPES
 
 PROGRAM = "python -m ddpm_utils"
 EXAMPLES = {
@@ -17,11 +18,13 @@ EXAMPLES = {
   {PROGRAM} train                                 the default
   {PROGRAM} train --dataset mnist --out my_run    another data set
   {PROGRAM} train --out my_run --resume           goes on exactly
-  {PROGRAM} train --schedule linear --target eps  much like DDPM""",
+  {PROGRAM} train --schedule linear --target eps  much like DDPM
+  {PROGRAM} train --recipe guide                  as a tutorial does""",
     "sample": f"""examples:
   {PROGRAM} sample                                 shipped weights
   {PROGRAM} sample --weights my_run --n 16         a run of your own
-  {PROGRAM} sample --weights mnist --sampler ddpm  as in the paper""",
+  {PROGRAM} sample --weights mnist --sampler ddpm  as in the paper
+  {PROGRAM} sample --recipe guide                  what it shows""",
     "evaluate": f"""examples:
   {PROGRAM} evaluate                              shipped weights
   {PROGRAM} evaluate --weights my_run --n 10000   a finer ruler
@@ -98,6 +101,7 @@ def build_parser() -> Parser:
                 "loss.csv and a grid of samples. Ctrl-C stops between two steps; --resume goes on exactly. Under torchrun, "
                 "every process takes its share of each batch.",
                 usage=" [--out FOLDER] [--resume] [flags]")  # fmt: skip
+    _add_recipe(train, "train as this source did: the fields below are its own, unless flags change them")
     train.add_argument("--out", type=Path, metavar="FOLDER", help="the run's folder [outputs/runs/NAME-OF-THE-CONFIG]")
     train.add_argument("--resume", action="store_true", help="go on with the run in the folder, with its own config")
     _add_device(train)
@@ -107,7 +111,9 @@ def build_parser() -> Parser:
     sample = add("sample", "draw pictures from trained weights: grid, strip and GIF",
                  "Draw pictures from trained weights. Writes grid.png, strip.png (how the first pictures come about) and "
                  "samples.gif (at most the first 64 of them) into a folder.")  # fmt: skip
+    _add_recipe(sample, "draw what this source shows, by its own sampler, from weights trained by its recipe")
     _add_weights(sample, n=64)
+    sample.set_defaults(weights=None, n=None, sampler=None)  # a recipe has its own
     sample.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go [outputs/samples/NAME]")
     _add_device(sample)
 
@@ -126,15 +132,20 @@ def _add_device(parser: Parser) -> None:
     parser.add_argument("--device", metavar="NAME", help='"cpu", "cuda", "cuda:1", "mps" [the best one here]')
 
 
+def _add_recipe(parser: Parser, note: str) -> None:
+    names = ", ".join(f'"{name}"' for name in RECIPES)
+    parser.add_argument("--recipe", choices=tuple(RECIPES), metavar="NAME", help=f"{note}; {names}")
+
+
 def _add_weights(parser: Parser, n: int) -> None:
     parser.add_argument(
         "--weights", default="fashion_mnist", metavar="WHAT",
-        help="a name of shipped weights, a run's folder (its last.pt) or a checkpoint [%(default)s]",
+        help="a name of shipped weights, a run's folder (its last.pt) or a checkpoint [fashion_mnist]",
     )  # fmt: skip
-    parser.add_argument("--n", type=int, default=n, metavar="N", help="pictures, 1 … 100000 [%(default)s]")
+    parser.add_argument("--n", type=int, default=n, metavar="N", help=f"pictures, 1 … 100000 [{n}]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise, 0 … 4294967295 [%(default)s]")
     parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", metavar="NAME",
-                        help='"ddim" or "ddpm" [%(default)s]')  # fmt: skip
+                        help='"ddim" or "ddpm" [ddim]')  # fmt: skip
     parser.add_argument("--steps", type=int, metavar="N", help="network calls a picture, 1 … T [ddim 50, ddpm T]")
 
 

@@ -1,33 +1,82 @@
 """`sample`: pictures from trained weights, as a grid, as a strip that shows how they come about, and as a GIF."""
 
 import argparse
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import imageio.v3 as iio
 import torch
 from torch import Tensor
 
-from .. import plots, runtime
+from .. import config, plots, runtime
+from ..config import TrainConfig
+from ..recipes import RECIPES
 from . import drawing
 
-ROWS, COLUMNS = 6, 10  # of the strip, at most
-FRAMES, FILMED = 60, 64  # of the GIF: frames and pictures, at most
+N, ROWS, COLUMNS = 64, 6, 10  # pictures; rows and columns of the strip, at most
+FRAMES, FILMED, MS = 60, 64, 80  # of the GIF: frames and pictures, at most; milliseconds a frame
+
+
+@dataclass(frozen=True)
+class Views:
+    """What is shown of the pictures. Strip and film are lists of times, −1 for the finished ones; an empty one: there is none."""
+
+    columns: int | None  # of the grid; None: a square
+    strip: list[int]
+    rows: int  # of the strip, at most
+    film: list[int]
+    filmed: int  # pictures in the film, at most
+    hold_ms: int  # of its last frame
 
 
 def run(options: argparse.Namespace) -> int:
-    """Draw, and write three files. Raises FileNotFoundError and ValueError before anything is drawn or written."""
+    """Draw, and write the files. Raises FileNotFoundError and ValueError before anything is drawn or written."""
     device = runtime.pick_device(options.device)
-    model, cfg = drawing.load_weights(options.weights, device)
-    how = drawing.plan(cfg, options.n, options.sampler, options.steps, options.seed)
-    folder = options.out or runtime.output_dir("samples") / Path(options.weights).resolve().stem
+    weights = options.weights or (default_run(options.recipe) if options.recipe else "fashion_mnist")
+    model, cfg = drawing.load_weights(weights, device)
+    how, views = (of_recipe if options.recipe else usual)(options, cfg)
+    folder = options.out or runtime.output_dir("samples") / (options.recipe or Path(weights).resolve().stem)
     folder.mkdir(parents=True, exist_ok=True)
-    times = drawing.times_of(cfg, how)
-    x, kept = drawing.draw(model, cfg, how, device, times[:-1] if len(times) <= FRAMES else spread(times, FRAMES))
-    kept[-1] = x[: len(next(iter(kept.values())))]
-    write(folder, x, kept)
-    print(f"{options.weights}: {how}")
-    print(f"wrote grid.png, strip.png and samples.gif to {folder}")
+    x, kept = drawing.draw(model, cfg, how, device, {*views.strip, *views.film})
+    names = write(folder, x, kept, views)
+    print(f"{weights}: {how}")
+    print(f"wrote {', '.join(names)} to {folder}")
     return 0
+
+
+def default_run(name: str) -> str:
+    """Where `train --recipe name` leaves its run if no other flag is given. Raises FileNotFoundError if there is none."""
+    cfg = config.for_this_run(TrainConfig(**RECIPES[name].config))
+    folder = runtime.output_dir("runs") / cfg.run_name()
+    if not (folder / "last.pt").is_file():
+        where = runtime.short_path(folder.parent)
+        raise FileNotFoundError(
+            f"no run of the recipe {name!r} as it stands in {where}: name a run's folder with --weights"
+        )
+    return str(folder)
+
+
+def usual(options: argparse.Namespace, cfg: TrainConfig) -> tuple[drawing.Plan, Views]:
+    """What `sample` draws without a recipe."""
+    n = N if options.n is None else options.n
+    how = drawing.plan(cfg, n, options.sampler or "ddim", options.steps, options.seed)
+    film = spread(drawing.times_of(cfg, how), FRAMES)
+    return how, Views(None, spread(film, COLUMNS), ROWS, film, FILMED, 2000)
+
+
+def of_recipe(options: argparse.Namespace, cfg: TrainConfig) -> tuple[drawing.Plan, Views]:
+    """What the source of a recipe shows. Raises ValueError if another sampler or number of steps is asked for."""
+    if options.sampler or options.steps:
+        raise ValueError(
+            f"the recipe {options.recipe!r} has its own sampler, in all steps: leave --sampler and --steps out"
+        )
+    recipe, every = RECIPES[options.recipe], cfg.timesteps
+    n = recipe.pictures if options.n is None else options.n
+    how = dataclasses.replace(drawing.plan(cfg, n, "ddpm", None, options.seed), variance=recipe.variance, clamp=False)
+    strip = [t * every // 1000 for t in recipe.strip]  # the same shares of the way if T is not 1000
+    film = plots.frame_times(every, recipe.frames) if recipe.frames else []
+    return how, Views(recipe.columns, strip, n, film, recipe.filmed, MS * max(1, recipe.frames // 3))
 
 
 def spread(times: list[int], n: int) -> list[int]:
@@ -35,13 +84,18 @@ def spread(times: list[int], n: int) -> list[int]:
     return [times[i] for i in torch.linspace(0, len(times) - 1, min(n, len(times))).round().long().tolist()]
 
 
-def write(folder: Path, x: Tensor, states: dict[int, Tensor]) -> None:
-    """`grid.png` of all pictures x, pixel by pixel; `strip.png` and `samples.gif` of states {t: (N, C, H, W)}, −1 the last."""
-    iio.imwrite(folder / "grid.png", plots.tile(x))
-    times = sorted(states, reverse=True)
-    columns = spread(times, COLUMNS)
-    rows = {f"no. {i + 1}": torch.stack([states[t][i] for t in columns]) for i in range(min(len(states[-1]), ROWS))}
-    figure = plots.strip(rows, [f"t = {t}" if t >= 0 else "done" for t in columns])
-    (folder / "strip.png").write_bytes(plots.show(figure, "Noise turns into pictures from left to right").data)
-    frames = [states[t][:FILMED] for t in times]
-    plots.save_gif(folder / "samples.gif", frames, ms=80, hold_ms=2000, scale=2)
+def write(folder: Path, x: Tensor, states: dict[int, Tensor], views: Views) -> list[str]:
+    """`grid.png` of all pictures x, pixel by pixel; `strip.png`, `samples.gif` of states {t: (N, C, H, W)}. Returns the names."""
+    iio.imwrite(folder / "grid.png", plots.tile(x, views.columns))
+    names = ["grid.png"]
+    if views.strip:
+        n = min(len(states[views.strip[0]]), views.rows)
+        rows = {f"no. {i + 1}": torch.stack([states[t][i] for t in views.strip]) for i in range(n)}
+        figure = plots.strip(rows, [f"t = {t}" if t >= 0 else "done" for t in views.strip])
+        (folder / "strip.png").write_bytes(plots.show(figure, "Noise turns into pictures from left to right").data)
+        names.append("strip.png")
+    if views.film:
+        frames = [states[t][: views.filmed] for t in views.film]
+        plots.save_gif(folder / "samples.gif", frames, ms=MS, hold_ms=views.hold_ms, scale=2)
+        names.append("samples.gif")
+    return names

@@ -14,7 +14,7 @@ import imageio.v3 as iio
 import torch
 import torch.distributed as dist
 
-from .. import checkpoints, config, data, distributed, plots, pretrained, runtime, training
+from .. import checkpoints, config, data, distributed, folders, plots, pretrained, recipes, runtime, training
 from ..config import TrainConfig
 from . import drawing, flags
 from .losslog import LossLog
@@ -34,12 +34,12 @@ def run(options: argparse.Namespace) -> int:
         cfg, folder, train_set, test_set = prepare(options, device)
         state = begin(cfg, folder, train_set, device, options.resume)
         labels = train_set.labels if cfg.num_classes else None
-        run_loop(state, folder, train_set.images, test_set.images[:HELD_OUT], labels, writer)
+        run_loop(state, folder, train_set.images, test_set.images[: runtime.shrink(HELD_OUT, 8)], labels, writer)
         if state.stopped:
             print(f"stopped at step {state.step:,}; --resume --out {folder} goes on exactly", file=sys.stderr)
             return 130
         if distributed.rank() == 0:
-            how = drawing.plan(cfg, SAMPLES, seed=cfg.seed)
+            how = drawing.plan(cfg, runtime.shrink(SAMPLES, 4), seed=cfg.seed)
             x, _ = drawing.draw(state.ema.model, cfg, how, device)
             iio.imwrite(folder / "samples.png", plots.tile(x))
         print(f"wrote config.json, last.pt, best.pt, loss.csv and samples.png to {folder}")
@@ -49,23 +49,28 @@ def run(options: argparse.Namespace) -> int:
 def prepare(options: argparse.Namespace, device) -> tuple[TrainConfig, Path, data.ImageSet, data.ImageSet]:
     """Config, folder, training and test images of the run that the flags ask for. Writes nothing.
 
-    Flags go before presets, and a resumed run's own config before all: a flag that contradicts it is refused.
+    Flags go before the recipe, that before presets, and a resumed run's own config before all: a flag that contradicts it is
+    refused.
     """
     chosen, resumed = flags.given(options), options.resume and options.out is not None
+    if options.recipe:
+        chosen = recipes.fields(options.recipe, **chosen)
+    preset_of = "cpu" if options.recipe else device  # which has no preset: a recipe is the same on all hardware
     if options.out is not None and not options.resume:
         refuse_taken(options.out)
     if resumed:
         cfg = saved_config(options.out)
         refuse_contradictions(cfg, chosen, options.out)
     else:
-        cfg = planned_config(chosen, TrainConfig(**chosen).dataset, device)
-    train_set, test_set = load(cfg)
-    found = next(name for name, title in data.TITLES.items() if title == train_set.title)
+        cfg = planned_config(chosen, TrainConfig(**chosen).dataset, preset_of)
+    train_set, test_set = load(cfg, device)
+    titles = {title: name for name, title in data.TITLES.items()}
+    found = cfg.dataset if cfg.folder else titles[train_set.title]
     if found != cfg.dataset and resumed:
         title = data.TITLES[cfg.dataset]
         raise FileNotFoundError(f"{options.out} learns from {title}, which is neither on disk nor to be downloaded")
     if found != cfg.dataset:
-        cfg = planned_config(chosen, found, device)
+        cfg = planned_config(chosen, found, preset_of)
     folder = options.out or runtime.output_dir("runs") / cfg.run_name()
     if options.resume and not resumed:
         saved_config(folder)
@@ -124,13 +129,22 @@ def refuse_contradictions(cfg: TrainConfig, chosen: dict, folder: Path) -> None:
         )
 
 
-def load(cfg: TrainConfig) -> tuple[data.ImageSet, data.ImageSet]:
+def load(cfg: TrainConfig, device) -> tuple[data.ImageSet, data.ImageSet]:
     """Training and test images. On each machine one process goes first, so that no two download into the same folder."""
     first = not distributed.world() > 1 or dist.get_node_local_rank(0) == 0
+    form, bar = (cfg.image_size, cfg.channels, cfg.pad), Progress("read", 1)
+
+    def tell(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done)
+
     for turn in (True, False):
-        if first == turn:
-            train_set = data.load_images(cfg.dataset, image_size=cfg.image_size)
-            test_set = data.load_images(cfg.dataset, "test", image_size=cfg.image_size, say=False)
+        if first == turn and cfg.folder:
+            train_set, test_set = folders.train_and_test(cfg.folder, *form, device=device, progress=tell)
+            bar.close()
+        elif first == turn:
+            train_set = data.load_images(cfg.dataset, image_size=cfg.image_size, pad=cfg.pad)
+            test_set = data.load_images(cfg.dataset, "test", cfg.image_size, cfg.pad, say=False)
         distributed.agree()
     return train_set, test_set
 

@@ -9,12 +9,13 @@ from .checks import check_times_and_labels
 SIZE = 28  # pixels a side: the shapes of the norms are part of the weights
 
 
-def embedding_table(timesteps: int, dim: int) -> Tensor:
+def embedding_table(timesteps: int, dim: int, mend: bool = False) -> Tensor:
     """(timesteps, dim): column 2i is sin(t·w_i), column 2i + 1 is cos(t·w_i), with w_i = 10000^(−4i/dim).
 
-    The Transformer (arXiv 1706.03762, 3.5) has 10000^(−2i/dim): here the frequencies fall twice as fast, down to 10000^−2.
+    The Transformer (arXiv 1706.03762, 3.5), and `mend`, have 10000^(−2i/dim): as published the frequencies fall twice as fast,
+    down to 10000^−2.
     """
-    w = 10_000.0 ** (-4 * torch.arange(dim // 2, dtype=torch.float64) / dim)
+    w = 10_000.0 ** ((-2 if mend else -4) * torch.arange(dim // 2, dtype=torch.float64) / dim)
     angles = torch.arange(timesteps)[:, None] * w
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1).float()
 
@@ -52,18 +53,18 @@ class Article(nn.Module):
     """model(x_t, t, y=None) → ε shaped like x_t; 606,852 parameters at T = 1000, of which the 100·T of the table are frozen.
 
     Defective: the first norm takes the first level's time out again, the last is never called, 55 of the table's 100 columns
-    hardly move with t.
+    hardly move with t. `mend` puts the table right.
     x_t: (B, 1, 28, 28) float; t: (B,) long in 0 … timesteps − 1; y must be None: it knows no labels.
     Raises ValueError on any other input (t beyond the table: on the CPU only, elsewhere PyTorch complains).
     """
 
-    def __init__(self, timesteps: int = 1000, time_dim: int = 100):
+    def __init__(self, timesteps: int = 1000, time_dim: int = 100, mend: bool = False):
         super().__init__()
         if timesteps < 1 or time_dim < 2 or time_dim % 2:
             raise ValueError(
                 f"timesteps={timesteps}, time_dim={time_dim}: expected at least 1, and an even number of at least 2"
             )
-        self.table = nn.Embedding.from_pretrained(embedding_table(timesteps, time_dim), freeze=True)
+        self.table = nn.Embedding.from_pretrained(embedding_table(timesteps, time_dim, mend), freeze=True)
         self.down1 = Level(28, (1, 10, 10, 10), time_dim)
         self.to14 = nn.Conv2d(10, 10, 4, stride=2, padding=1)
         self.down2 = Level(14, (10, 20, 20, 20), time_dim)

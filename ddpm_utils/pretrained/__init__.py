@@ -131,7 +131,7 @@ def obtain_classifier(train_set: data.ImageSet, device="cpu") -> Classifier:
 
 def _train_briefly(cfg: TrainConfig, model: torch.nn.Module, device, seconds: float) -> torch.nn.Module:
     """Measure the speed over a few steps, then train as many as fit into `seconds`, with the learning rate falling to its end."""
-    train_set = data.load_images(cfg.dataset, image_size=cfg.image_size)
+    train_set = data.load_images(cfg.dataset, image_size=cfg.image_size, pad=cfg.pad)
     images, labels = train_set.images, train_set.labels if cfg.num_classes else None
     few = cfg.replace(epochs=5 * cfg.batch_size / len(images))
     for record in training.train(training.TrainState(few, copy.deepcopy(model), device), images, labels=labels):  # noqa: B007
