@@ -61,7 +61,10 @@ def show(fig: Figure, alt: str) -> Picture:
     """Turn a figure into a Picture; `alt` says in a sentence what it shows. Raises ValueError on an empty alt."""
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=STYLE["savefig.dpi"])
-    return Picture(buffer.getvalue(), alt)
+    pixels = iio.imread(buffer.getvalue(), extension=".png")[..., :3]
+    if (pixels == pixels[..., :1]).all():  # grey: one channel says it all, in half of the bytes
+        pixels = pixels[..., 0]
+    return Picture(iio.imwrite("<bytes>", pixels, extension=".png", optimize=True), alt)
 
 
 def tile(x: Tensor, columns: int | None = None, gap: int = 2) -> np.ndarray:

@@ -4,6 +4,7 @@ import base64
 import io
 import sys
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -111,6 +112,17 @@ def test_strip_has_a_row_a_name_and_a_title_a_column():
 def test_strip_refuses_a_row_that_does_not_fit_its_titles():
     with pytest.raises(ValueError, match="'a' holds 3 images.*2 titles"):
         plots.strip({"a": greys([0, 1, 2])}, ["x", "y"])
+
+
+def test_show_keeps_every_pixel_and_saves_grey_ones_once():
+    coloured = plots.figure()[0]
+    coloured.axes[0].plot([0, 1], color=plots.NOISE)
+    for fig, shape in ((plots.grid(greys([7])), 2), (coloured, 3)):
+        buffer = io.BytesIO()
+        fig.savefig(buffer, format="png", dpi=plots.STYLE["savefig.dpi"])
+        drawn, kept = iio.imread(buffer.getvalue(), extension=".png"), iio.imread(plots.show(fig, "a figure").data)
+        assert kept.ndim == shape and (drawn[..., 3] == 255).all()
+        assert (kept.reshape(*drawn.shape[:2], -1) == drawn[..., :3]).all()
 
 
 def test_show_makes_a_png_with_its_text():
