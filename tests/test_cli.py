@@ -533,7 +533,7 @@ def test_evaluate_refuses_what_has_no_floor_before_it_draws(whole, quick_classif
         ("train --dataset digits --channels 3 --out {tmp}/new", "expected (batch, 3, height, width)"),
         ("train --dataset digits --num-classes 5 --out {tmp}/new", "num_classes=5, but scikit-learn's digits has 10"),
         ("train --dataset digits --model article --num-classes 10 --out {tmp}/new", "labels"),
-        ("sample --weights nothing", "no weights 'nothing': give a run's folder, a checkpoint, or one of fashion_mnist, mnist"),
+        ("sample --weights nothing", "give a run's folder, a checkpoint, or one of fashion_mnist, fashion_mnist_labels, mnist"),
         ("sample --weights {tmp}", "no checkpoint at"),
         ("sample --weights {tmp}/file", "is no whole checkpoint"),
         ("sample --weights {tmp}/foreign.pt", "was not written by ddpm_utils"),
