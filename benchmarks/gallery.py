@@ -30,7 +30,7 @@ from ddpm_utils.schedules import NoiseSchedule
 from .contestants import Ours, Training, without
 from .measure import flops_per_image, machine, real_sets, synchronise
 from .recipes import SAMPLING_SEED, Ruler, save
-from .results import append, minutes, place_and_command, read_rows, write_csv
+from .results import append, comparable_rows, minutes, place_and_command, read_rows, write_csv
 
 NO_CLIPPING = 1e6  # a norm that no gradient has
 # Pixels a side on Fashion-MNIST: 28, or the next size that the network takes.
@@ -232,13 +232,7 @@ class Bench:
         self.names, self.mark, self.n, self.out, self.device, self.command = names, mark, n, out, device, command
         self.sets = real_sets()
         self.same = machine(device, self.sets[0].title)
-        self.rows = read_rows(out)
-        for row in self.rows:
-            if {key: row[key] for key in self.same} != self.same:
-                raise SystemExit(
-                    f"{runtime.short_path(out)} holds results of another machine or setting ({row['machine']}, "
-                    f"{row['threads']} threads, torch {row['torch']}, {row['data']}): name another file with --out"
-                )
+        self.rows = comparable_rows(out, self.same)
 
     def write(self, row: dict) -> None:
         row = row | self.same | {"date": datetime.date.today().isoformat(), "command": self.command}

@@ -18,7 +18,7 @@ from ddpm_utils import data, evaluation, pretrained, runtime, sampling
 
 from .contestants import CHOICES, CONTESTANTS, Ours, Training
 from .measure import flops_per_image, machine, matrix_peak, real_sets
-from .results import append, minutes, place_and_command, read_rows, report
+from .results import append, comparable_rows, minutes, place_and_command, report
 
 # contestant: {mark in seconds of training: seeds}. A mark is a run of its own, whose learning rate ends there; only a
 # contestant whose rate never falls (`Article`) is one run, read off at each of its marks.
@@ -86,13 +86,7 @@ class Bench:
         if n > len(test_set):
             raise SystemExit(f"--n {n}: the floor needs as many test images, and there are {len(test_set)}")
         self.same = machine(device, train_set.title)
-        self.rows = read_rows(out)
-        for row in self.rows:
-            if {key: row[key] for key in self.same} != self.same:
-                raise SystemExit(
-                    f"{runtime.short_path(out)} holds results of another machine or setting ({row['machine']}, "
-                    f"{row['threads']} threads, torch {row['torch']}, {row['data']}): name another file with --out"
-                )
+        self.rows = comparable_rows(out, self.same)
         self.images = train_set.images.to(device)
         self.sets = train_set, test_set
         self.live: dict[tuple, Training] = {}

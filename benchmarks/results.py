@@ -27,6 +27,19 @@ def read_rows(out: Path) -> list[dict]:
     return rows
 
 
+def comparable_rows(out: Path, same: dict) -> list[dict]:
+    """The results so far. SystemExit if one of them differs in `same`, which is what results must share to be compared."""
+    rows = read_rows(out)
+    for row in rows:
+        if {key: row[key] for key in same} != same:
+            weights = f", weights of {row['weights']}" if "weights" in same else ""
+            raise SystemExit(
+                f"{runtime.short_path(out)} holds results of another machine or setting ({row['machine']}, "
+                f"{row['threads']} threads, torch {row['torch']}, {row['data']}{weights}): name another file with --out"
+            )
+    return rows
+
+
 def append(out: Path, row: dict) -> None:
     """One result on disk, whatever happens next."""
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from ddpm_utils.schedules import make_schedule
 
 from .measure import machine, real_sets, synchronise
 from .recipes import Ruler
-from .results import append, place_and_command, read_rows, write_csv
+from .results import append, comparable_rows, place_and_command, read_rows, write_csv
 
 # name: (sampler, spacing, eta, the numbers of calls)
 PLAN = {
@@ -73,12 +73,7 @@ def run(out: Path, n: int, device, most: int, command: str) -> None:
         "weights": "fast mode" if runtime.is_fast() else pretrained.card(dataset)["date"],
         **machine(device, train_set.title),
     }
-    rows = read_rows(out)
-    for row in rows:
-        if {key: row[key] for key in same} != same:
-            raise SystemExit(
-                f"{runtime.short_path(out)} holds results of other weights or another machine: name another file"
-            )
+    rows = comparable_rows(out, same)
     points = [(calls, name) for name, entry in PLAN.items() for calls in entry[-1]]
     points = [(calls, name) for calls, name in sorted(points) if calls <= min(most, cfg.timesteps)]
     done = {(row["calls"], row["name"]) for row in rows if row["n"] == n}

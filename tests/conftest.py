@@ -36,6 +36,23 @@ def net():
 
 
 @pytest.fixture
+def same_numbers_every_time():
+    """The global generator at seed 0, and afterwards as it was."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def fast(own_folders, monkeypatch):
+    """Fast mode, with all folders in a temporary one, which is returned."""
+    monkeypatch.setenv("DDPM_FAST", "1")
+    return own_folders
+
+
+@pytest.fixture
 def own_folders(monkeypatch, tmp_path):
     """The project's root moved into a temporary folder and every variable of the project unset. Returns that folder."""
     from ddpm_utils import runtime

@@ -9,11 +9,7 @@ from ddpm_utils.embeddings import TimeEmbedding, sinusoidal_embedding
 EPS = torch.finfo(torch.float32).eps
 
 
-@pytest.fixture(autouse=True)
-def same_numbers_every_time():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("same_numbers_every_time")
 
 
 @pytest.mark.parametrize("dim", [2, 4, 32, 128])

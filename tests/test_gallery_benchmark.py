@@ -18,18 +18,7 @@ from ddpm_utils.schedules import make_schedule
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def same_numbers_every_time():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-@pytest.fixture
-def fast(own_folders, monkeypatch):
-    """Fast mode, with all folders in a temporary one, which is returned."""
-    monkeypatch.setenv("DDPM_FAST", "1")
-    return own_folders
+pytestmark = pytest.mark.usefixtures("same_numbers_every_time")
 
 
 def pictures(n=16):

@@ -10,11 +10,7 @@ from ddpm_utils.schedules import NoiseSchedule, cosine_betas, linear_betas, make
 TARGETS = ["eps", "x0", "v"]
 
 
-@pytest.fixture(autouse=True)
-def same_numbers_every_time():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("same_numbers_every_time")
 
 
 def exact(betas):

@@ -27,11 +27,7 @@ MEAN = torch.tensor([0.5, -0.3, 0.1], dtype=torch.float64)
 COVARIANCE = torch.tensor([[0.30, 0.10, 0.00], [0.10, 0.20, -0.05], [0.00, -0.05, 0.02]], dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def same_numbers_every_time():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("same_numbers_every_time")
 
 
 def seeded(seed=0):

@@ -11,13 +11,6 @@ from ddpm_utils import config, runtime
 from ddpm_utils.schedules import make_schedule
 
 
-@pytest.fixture
-def fast(own_folders, monkeypatch):
-    """Fast mode, with all folders in a temporary one, which is returned."""
-    monkeypatch.setenv("DDPM_FAST", "1")
-    return own_folders
-
-
 def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 

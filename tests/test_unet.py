@@ -11,11 +11,7 @@ from ddpm_utils.unet import ResBlock, SelfAttention, UNet, Upsample, fold_pixels
 TINY = {"widths": (8, 16), "blocks": 1, "groups": 4, "heads": 2, "time_dim": 8}
 
 
-@pytest.fixture(autouse=True)
-def same_numbers_every_time():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("same_numbers_every_time")
 
 
 def awake(model, seed=0):

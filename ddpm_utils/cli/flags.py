@@ -13,6 +13,7 @@ from ..config import TrainConfig
 from ..recipes import RECIPES
 
 PROGRAM = "python -m ddpm_utils"
+SAMPLES = 64  # pictures that `sample` draws if neither a flag nor a recipe says how many
 EXAMPLES = {
     "train": f"""examples:
   {PROGRAM} train                                 the default
@@ -112,7 +113,7 @@ def build_parser() -> Parser:
                  "Draw pictures from trained weights. Writes grid.png, strip.png (how the first pictures come about) and "
                  "samples.gif (at most the first 64 of them) into a folder.")  # fmt: skip
     _add_recipe(sample, "draw what this source shows, by its own sampler, from weights trained by its recipe")
-    _add_weights(sample, n=64)
+    _add_weights(sample, n=SAMPLES)
     sample.set_defaults(weights=None, n=None, sampler=None)  # a recipe has its own
     sample.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go [outputs/samples/NAME]")
     _add_device(sample)

@@ -12,9 +12,9 @@ from torch import Tensor
 from .. import config, plots, runtime
 from ..config import TrainConfig
 from ..recipes import RECIPES
-from . import drawing
+from . import drawing, flags
 
-N, ROWS, COLUMNS = 64, 6, 10  # pictures; rows and columns of the strip, at most
+ROWS, COLUMNS = 6, 10  # of the strip, at most
 FRAMES, FILMED, MS = 60, 64, 80  # of the GIF: frames and pictures, at most; milliseconds a frame
 
 
@@ -59,7 +59,7 @@ def default_run(name: str) -> str:
 
 def usual(options: argparse.Namespace, cfg: TrainConfig) -> tuple[drawing.Plan, Views]:
     """What `sample` draws without a recipe."""
-    n = N if options.n is None else options.n
+    n = flags.SAMPLES if options.n is None else options.n
     how = drawing.plan(cfg, n, options.sampler or "ddim", options.steps, options.seed)
     film = spread(drawing.times_of(cfg, how), FRAMES)
     return how, Views(None, spread(film, COLUMNS), ROWS, film, FILMED, 2000)
