@@ -30,6 +30,7 @@ def save(path: Path | str, state) -> Path:
         "config": state.cfg.to_dict(),
         "step": state.step,
         "best": state.best,
+        "data_shape": state.data_shape,
         "model": state.model.state_dict(),
         "ema": state.ema.model.state_dict(),
         "ema_updates": state.ema.updates,
@@ -128,6 +129,8 @@ def load(path: Path | str, state, strict: bool = True):
     state.ema.model.load_state_dict(payload["ema"])
     state.optimizer.load_state_dict(payload["optimizer"])
     state.ema.updates, state.step, state.best = payload["ema_updates"], payload["step"], payload["best"]
+    if strict:
+        state.data_shape = payload.get("data_shape")  # a file of an earlier version does not say
     torch.set_rng_state(payload["rng"])
     if payload["rng_cuda"] is not None and state.device.type == "cuda":
         torch.cuda.set_rng_state(payload["rng_cuda"], state.device)

@@ -140,6 +140,7 @@ class TrainState:
         self.schedule = make_schedule(**cfg.noise()).to(self.device)
         self.step = 0
         self.best = math.inf  # the lowest held-out loss so far
+        self.data_shape = None  # of the images it is trained on, once it is
         self.stopped = False  # True once the reader has pressed stop; set it to end the loop
         self.read_every = 1 if self.device.type == "cpu" else READ_EVERY
         self.unsaved = None  # the NotSaved of the latest save point, if it failed
@@ -159,9 +160,10 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
     measures and writes. Leave the loop early with `state.stopped = True`, which reaches the others: after `break` they wait.
 
     A save that fails is a warning, and is tried again at the next point. Raises NotSaved at once if `folder` cannot be
-    written to, and after the last step if its save failed; ValueError on images that are not uint8 or are empty, on labels
-    that do not go with them, and on processes that do not agree; TrainingDiverged when the loss is not finite or beyond
-    `EXPLODED` (on a GPU up to `READ_EVERY` steps later); distributed.WorkerLost when another process dies.
+    written to, and after the last step if its save failed; ValueError on images that are not uint8, are empty, or differ in
+    number or size from those of the run's first steps, on labels that do not go with them, and on processes that do not agree;
+    TrainingDiverged when the loss is not finite or beyond `EXPLODED` (on a GPU up to `READ_EVERY` steps later);
+    distributed.WorkerLost when another process dies.
     """
     cfg, mine = state.cfg, distributed.share(state.cfg.batch_size)
     streamed = not isinstance(images, Tensor)
@@ -176,6 +178,12 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
     if folder is not None and distributed.rank() == 0:
         _check_folder(Path(folder))
     total = cfg.steps(len(images))
+    if state.step and state.data_shape not in (None, tuple(images.shape)):
+        raise ValueError(
+            f"the run came to step {state.step} on images {state.data_shape}, and these are {tuple(images.shape)}: "
+            "it goes on with the same images, or begins anew"
+        )
+    state.data_shape = tuple(images.shape)
     order = (batch_indices(len(images), step, cfg)[mine] for step in range(state.step, total))
     ahead = images.ahead(order) if streamed else contextlib.nullcontext()
     every = evaluate_every or math.ceil(total / 10)

@@ -203,6 +203,7 @@ CHANGES = {
         {"SEED": 7},
     ],
     "09": [{"DATASET": "digits"}, {"DATASET": "mnist", "N_IMAGES": 100}, {"STEPS": 200}, {"SEED": 7}],
+    "12": [{"DATASET": "digits", "N_RACE": 200}, {"DATASET": "mnist"}, {"TIMING_SECONDS": 20.0}, {"SEED": 7}],
 }
 CASES = [(name, change) for name in LESSONS for change in CHANGES.get(name[:2], [])]
 

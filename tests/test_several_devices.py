@@ -13,6 +13,7 @@ import time
 import warnings
 from pathlib import Path
 
+import imageio.v3 as iio
 import pytest
 
 TESTS = Path(__file__).resolve().parent
@@ -24,6 +25,7 @@ from torch import nn  # noqa: E402
 
 from ddpm_utils import checkpoints, distributed, training  # noqa: E402
 from ddpm_utils.config import TrainConfig  # noqa: E402
+from ddpm_utils.folders import FolderImages, find_images  # noqa: E402
 from ddpm_utils.training import TrainingDiverged, TrainState, train  # noqa: E402
 from ddpm_utils.unet import UNet  # noqa: E402
 
@@ -160,6 +162,12 @@ def adamw(folder):
     return run(state_of(config(optimizer="adamw")))
 
 
+def streamed(folder):
+    """The same images from disk, each process reading its own part ahead."""
+    images = FolderImages(find_images(folder / "pictures"), 8, 1)
+    return [record.loss for record in train(state_of(config()), images, labels=LABELS)]
+
+
 def weight_without_loss(folder):
     cfg = config()
 
@@ -195,7 +203,7 @@ def disk_full(folder):
 SCENES = {
     scene.__name__: scene
     for scene in (plain, stop_in_one, leave_from_the_loop, nan_in_one, uneven, other_step, dropout_whole,
-                  dropout_resumed, resumed_from_one, masks, adamw, weight_without_loss, disk_full)
+                  dropout_resumed, resumed_from_one, masks, adamw, streamed, weight_without_loss, disk_full)
 }  # fmt: skip
 
 
@@ -252,6 +260,9 @@ def one(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("two")
+    (folder / "pictures").mkdir()
+    for i, image in enumerate(IMAGES):
+        iio.imwrite(folder / "pictures" / f"{i:02}.png", image[0].numpy())
     half = state_of(config())
     for record in train(half, IMAGES, None, folder / "one", labels=LABELS):
         half.stopped = record.step == 9
@@ -289,6 +300,11 @@ def test_two_processes_have_the_losses_of_one(one, two):
 def test_two_processes_have_the_losses_of_one_with_another_optimizer(one, two):
     assert all(close(seen["adamw"]["losses"], one["adamw"]["losses"]) for seen in two)
     assert not close(one["adamw"]["losses"], one["plain"]["losses"])
+
+
+def test_images_that_stay_on_disk_change_nothing(two):
+    for seen in two:
+        assert seen["streamed"] == seen["plain"]["losses"]
 
 
 def test_both_processes_hold_the_weights_of_one(one, two):

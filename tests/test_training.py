@@ -579,6 +579,26 @@ def test_a_run_that_is_interrupted_twice(fresh, tmp_path):
     assert same(everything(state), everything(whole))
 
 
+def test_a_run_goes_on_with_as_many_images_as_it_began_with(fresh, tmp_path):
+    """With another number, `batch_indices` would deal them anew, and some would be seen twice and others never."""
+    state = fresh()
+    at_forward(state.model, 2, press_stop)
+    run(state, folder=tmp_path)
+    resumed = checkpoints.load(tmp_path / "last.pt", fresh())
+    for other in (state, resumed):
+        with pytest.raises(
+            ValueError, match=r"came to step 3 on images \(24, 1, 8, 8\), and these are \(23, 1, 8, 8\)"
+        ):
+            run(other, images=IMAGES[:23])
+    run(resumed)
+    assert resumed.step == resumed.cfg.steps(24)
+    tuned = checkpoints.load(
+        tmp_path / "last.pt", fresh(), strict=False
+    )  # other images for old weights: that is allowed
+    run(tuned, images=IMAGES[:23])
+    assert tuned.data_shape == (23, 1, 8, 8)
+
+
 # twenty-seven ways to be interrupted
 
 EVERY = 5  # steps between two save points
