@@ -61,7 +61,7 @@ def test_first_cells_and_links(lesson):
     assert len(set(setups)) == 1, "the setup cell differs between lessons"
     assert f'REPOSITORY = "{address}"' in setups[0]
     (knobs,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    for line in knobs.source.splitlines():  # one each, so that a reader, or `with_parameters`, changes a value and no more
+    for line in knobs.source.splitlines():  # a value a line, which is what `with_parameters` replaces
         assert re.fullmatch(r"[A-Z_]+ = ([^#(]*|\([^#]*\) *)(# .*)?", line), line
     badge = f"https://colab.research.google.com/github/{address.removeprefix('https://github.com/')}/blob/main/notebooks/{lesson}.ipynb"
     assert badge in notebook.cells[0].source
