@@ -178,19 +178,20 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
     if folder is not None and distributed.rank() == 0:
         _check_folder(Path(folder))
     total = cfg.steps(len(images))
-    if state.step and state.data_shape not in (None, tuple(images.shape)):
-        raise ValueError(
-            f"the run came to step {state.step} on images {state.data_shape}, and these are {tuple(images.shape)}: "
-            "it goes on with the same images, or begins anew"
-        )
-    state.data_shape = tuple(images.shape)
     order = (batch_indices(len(images), step, cfg)[mine] for step in range(state.step, total))
     ahead = images.ahead(order) if streamed else contextlib.nullcontext()
     every = evaluate_every or math.ceil(total / 10)
     state.model.train()
     state.stopped, state.unsaved = False, None
     with _stop_between_steps(state), distributed.lost_worker(lambda: _lost(state, folder)), ahead:
-        distributed.agree(step=state.step, config=cfg.run_name(), images=tuple(images.shape))
+        shape = tuple(images.shape)
+        distributed.agree(step=state.step, config=cfg.run_name(), images=shape)
+        if state.step and state.data_shape not in (None, shape):
+            raise ValueError(
+                f"the run came to step {state.step} on images {state.data_shape}, and these are {shape}: "
+                "it goes on with the same images, or begins anew"
+            )
+        state.data_shape = shape
         model = distributed.replicate(state.model, state.ema.model)
         first, unread, leave = state.step, {}, False
         busy = speed = 0.0  # seconds spent in steps, without what the caller does in between; images a second

@@ -172,15 +172,14 @@ def test_a_recipe_learns_from_a_folder_in_its_own_colours(name, tmp_path, monkey
     assert command.main([*flags, "--resume", "--lr", "0.01"]) == 2
 
 
-def test_without_weights_the_run_of_the_recipe_is_found_or_asked_for(own_folders, monkeypatch, capsys):
-    monkeypatch.setenv("DDPM_FAST", "1")
+def test_without_weights_the_run_of_the_recipe_is_found_or_asked_for(fast, capsys):
     assert command.main(["sample", "--recipe", "article"]) == 2
     assert "no run of the recipe 'article'" in error_of(capsys)
     cfg = config.for_this_run(TrainConfig(**RECIPES["article"].config))
-    folder = own_folders / "outputs" / "runs" / cfg.run_name()
+    folder = fast / "outputs" / "runs" / cfg.run_name()
     checkpoints.save(folder / "last.pt", training.TrainState(cfg, pretrained.build(cfg)))
     assert command.main(["sample", "--recipe", "article", "--n", "1"]) == 0
-    assert (own_folders / "outputs" / "samples" / "article" / "grid.png").is_file()
+    assert (fast / "outputs" / "samples" / "article" / "grid.png").is_file()
 
 
 @pytest.mark.parametrize(

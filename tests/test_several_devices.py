@@ -126,6 +126,15 @@ def other_step(folder):
     return message(ValueError, state)
 
 
+def other_images(folder):
+    """A run is resumed where one process has lost an image."""
+    state, n = checkpoints.load(folder / "one" / "last.pt", state_of(config(), weights=1)), 24 - distributed.rank()
+    try:
+        next(train(state, IMAGES[:n], labels=LABELS[:n]))
+    except ValueError as error:
+        return str(error)
+
+
 def dropout_whole(folder):
     state = state_of(config(dropout=0.3))
     torch.manual_seed(5 + distributed.rank())
@@ -202,8 +211,8 @@ def disk_full(folder):
 
 SCENES = {
     scene.__name__: scene
-    for scene in (plain, stop_in_one, leave_from_the_loop, nan_in_one, uneven, other_step, dropout_whole,
-                  dropout_resumed, resumed_from_one, masks, adamw, streamed, weight_without_loss, disk_full)
+    for scene in (plain, stop_in_one, leave_from_the_loop, nan_in_one, uneven, other_step, other_images,
+                  dropout_whole, dropout_resumed, resumed_from_one, masks, adamw, streamed, weight_without_loss, disk_full)
 }  # fmt: skip
 
 
@@ -357,6 +366,11 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(two):
 def test_processes_at_different_steps_are_refused_by_both(two):
     assert two[0]["other_step"] == two[1]["other_step"]
     assert "step is 0 in process 0, 3 in process 1" in two[0]["other_step"]
+
+
+def test_processes_with_other_images_are_refused_by_both_also_when_they_resume(two):
+    assert two[0]["other_images"] == two[1]["other_images"]
+    assert "images is (24, 1, 8, 8) in process 0, (23, 1, 8, 8) in process 1" in two[0]["other_images"]
 
 
 def test_a_run_resumed_by_as_many_processes_is_the_uninterrupted_one_bit_for_bit_with_dropout(two):

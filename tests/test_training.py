@@ -592,9 +592,8 @@ def test_a_run_goes_on_with_as_many_images_as_it_began_with(fresh, tmp_path):
             run(other, images=IMAGES[:23])
     run(resumed)
     assert resumed.step == resumed.cfg.steps(24)
-    tuned = checkpoints.load(
-        tmp_path / "last.pt", fresh(), strict=False
-    )  # other images for old weights: that is allowed
+    # Other images for old weights: that is allowed.
+    tuned = checkpoints.load(tmp_path / "last.pt", fresh(), strict=False)
     run(tuned, images=IMAGES[:23])
     assert tuned.data_shape == (23, 1, 8, 8)
 
