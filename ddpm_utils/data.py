@@ -4,6 +4,7 @@ The rungs: the folder in `DDPM_DATA_DIR`; `data/` beside the package; a download
 """
 
 import gzip
+import hashlib
 import socket
 import threading
 import urllib.request
@@ -71,6 +72,17 @@ def to_image_range(x: Tensor) -> Tensor:
     if x.isnan().any():
         raise ValueError("x holds NaN: look at the loss of the training that made it")
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def image_digests(images: Tensor) -> list[bytes]:
+    """A digest of the pixels of each image (N, C, H, W) uint8, 8 bytes each: equal images have equal digests."""
+    return [hashlib.blake2b(image, digest_size=8).digest() for image in images.cpu().contiguous().numpy()]
+
+
+def digest(images) -> str:
+    """A digest of a set of images in its order: the same for a uint8 tensor and for the `folders.FolderImages` of its files."""
+    each = image_digests(images) if isinstance(images, Tensor) else images.digests
+    return hashlib.blake2b(b"".join(each), digest_size=8).hexdigest()
 
 
 def load_images(
