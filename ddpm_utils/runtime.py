@@ -1,15 +1,24 @@
-"""Where and how a lesson runs: device, seed, fast mode, folders. The only room that reads environment variables."""
+"""Where and how a lesson runs: device, seed, fast mode, folders. The only module that reads environment variables.
+
+In a checkout of the repository, `outputs/`, `checkpoints/` and `data/` lie at its root. Outside one (the package was
+installed as a wheel), the first two lie in the working directory of the time of import, and data in the user's cache.
+`DDPM_OUTPUT_DIR`, `DDPM_CHECKPOINT_DIR` and `DDPM_DATA_DIR` name other folders. A relative path in them counts from
+the same root, not from the current directory: Jupyter starts each notebook in the folder that the notebook lies in.
+"""
 
 import contextlib
 import os
 import random
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+_PACKAGE_PARENT = Path(__file__).resolve().parent.parent
+IN_CHECKOUT = (_PACKAGE_PARENT / "tools" / "lessons.py").is_file()  # a file that no installed copy has
+ROOT = _PACKAGE_PARENT if IN_CHECKOUT else Path.cwd()
 
 
 def _is_on(variable: str) -> bool:
@@ -17,7 +26,7 @@ def _is_on(variable: str) -> bool:
 
 
 def is_fast() -> bool:
-    """True when `DDPM_FAST=1`: everything runs, on sizes that finish in seconds and pictures that mean nothing."""
+    """True when `DDPM_FAST=1`: everything runs, on sizes that finish in seconds and with images that mean nothing."""
     return _is_on("DDPM_FAST")
 
 
@@ -70,41 +79,118 @@ def autocast(device: torch.device | str):
     return contextlib.nullcontext()
 
 
+def capability(device: torch.device | str) -> tuple[int, int] | None:
+    """The compute capability of an NVIDIA GPU, such as (7, 5) for a T4; None on other devices."""
+    device = torch.device(device)
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.cuda else None
+
+
+def place(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Module:
+    """Move `model` to `device`, its convolutions in the memory layout that is fast there.
+
+    channels_last on a CPU, and on an NVIDIA GPU that trains in bfloat16, whose tensor cores want it. Elsewhere the default
+    layout: on Apple's GPUs, wrong gradients with channels_last have been reported.
+    """
+    device = torch.device(device)
+    last = device.type == "cpu" or (capability(device) or (0, 0)) >= (8, 0)
+    return model.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 def _cpu_features() -> dict:
     return getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch cannot tell
 
 
+def _named_folder(variable: str) -> Path | None:
+    """The folder that an environment variable names, or None if it is not set."""
+    value = os.environ.get(variable, "")
+    try:
+        return ROOT / Path(value).expanduser() if value else None
+    except RuntimeError as error:  # a home directory that does not exist
+        raise ValueError(f"{variable}={value!r} names no folder: write out the part with ~") from error
+
+
 def data_dir_override() -> Path | None:
     """The folder named by `DDPM_DATA_DIR`, or None."""
-    value = os.environ.get("DDPM_DATA_DIR", "")
-    return Path(value).expanduser() if value else None
+    return _named_folder("DDPM_DATA_DIR")
 
 
 def data_dir() -> Path:
-    """`data/` beside the package, whatever the current folder is. Not created here."""
-    return ROOT / "data"
+    """The folder for downloaded data: `data/` in a checkout, else the user's cache. Not created here."""
+    if IN_CHECKOUT:
+        return ROOT / "data"
+    import platformdirs  # needed by installed copies alone
+
+    return platformdirs.user_cache_path("ddpm-utils", appauthor=False)
+
+
+def output_path(*parts: str) -> Path:
+    """`outputs/` (or the folder named by `DDPM_OUTPUT_DIR`) with `parts` below it. Not created here."""
+    return (_named_folder("DDPM_OUTPUT_DIR") or ROOT / "outputs").joinpath(*parts)
 
 
 def output_dir(*parts: str) -> Path:
-    """`outputs/` beside the package (or the folder named by `DDPM_OUTPUT_DIR`), with `parts` below it; created."""
-    base = os.environ.get("DDPM_OUTPUT_DIR", "")
-    path = (Path(base).expanduser() if base else ROOT / "outputs").joinpath(*parts)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    """The same folder as `output_path`, created. Raises OSError as `make_folder` does."""
+    return make_folder(output_path(*parts))
 
 
 def checkpoint_dir(*parts: str) -> Path:
-    """`checkpoints/` beside the package (or the folder named by `DDPM_CHECKPOINT_DIR`), with `parts` below it.
+    """`checkpoints/` (or the folder named by `DDPM_CHECKPOINT_DIR`) with `parts` below it. Not created here.
 
-    In fast mode a folder `fast` comes in between, since its weights are worth nothing. Not created here.
+    In fast mode a folder `fast` comes in between, since weights of that mode are of no use.
     """
-    base = os.environ.get("DDPM_CHECKPOINT_DIR", "")
-    path = Path(base).expanduser() if base else ROOT / "checkpoints"
-    return path.joinpath(*(["fast"] if is_fast() else []), *parts)
+    return _checkpoint_base().joinpath(*(["fast"] if is_fast() else []), *parts)
+
+
+def _checkpoint_base() -> Path:
+    return _named_folder("DDPM_CHECKPOINT_DIR") or ROOT / "checkpoints"
+
+
+def make_folder(folder: Path | str) -> Path:
+    """Create `folder` with its parents, and see that a file can be written into it.
+
+    Raises the OSError that the system raised, with a message that names the folder, the reason and what to do.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_one_byte(folder)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    return folder
+
+
+def check_folder(folder: Path | str) -> None:
+    """See that `folder`, or the nearest parent that exists, can be written to. Leaves nothing behind; raises as `make_folder`."""
+    folder = Path(folder)
+    try:
+        _write_one_byte(next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path)))
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def _write_one_byte(folder: Path) -> None:
+    """Permission bits do not tell of read-only file systems or full disks, so try it."""
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        file.write(b"x")
+
+
+def _cannot_write(folder: Path, error: OSError) -> OSError:
+    obstacles = [path for path in (folder, *folder.parents) if os.path.lexists(path) and not path.is_dir()]
+    reason = f"{obstacles[0]} is no folder" if obstacles else error.strerror or error
+    writable = "to a folder that you can write to"
+    cures = {
+        output_path(): f"set DDPM_OUTPUT_DIR {writable}",
+        _checkpoint_base(): f"set DDPM_CHECKPOINT_DIR {writable}",
+        data_dir(): "set DDPM_DATA_DIR to a folder that holds the data sets",
+    }
+    around = [base for base in cures if folder.absolute().is_relative_to(base)]
+    innermost = max(around, key=lambda base: len(base.parts), default=None)
+    cure = cures.get(innermost, "choose a folder that you can write to")
+    return type(error)(f"{folder} cannot be written to ({reason}): {cure}")
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes free on `device`. Of main memory Linux alone tells; elsewhere 4 GiB are assumed."""
+    """Bytes free on `device`. Only Linux tells how much main memory is free; elsewhere 4 GiB are assumed."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -114,9 +200,17 @@ def free_memory(device: torch.device | str = "cpu") -> int:
 
 
 def short_path(path: Path | str) -> str:
-    """`path` relative to the project where it lies inside it, else its last two parts: fit to print in a shared notebook."""
-    path = Path(path).resolve()
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else "/".join(path.parts[1:][-2:])
+    """`path` in a form that is fit to print in a shared notebook.
+
+    That is relative to the root where it lies inside it, from `~` in an installed copy's cache, else its last two parts.
+    """
+    path = Path(path).absolute()
+    for form in (Path(os.path.normpath(path)), path.resolve()):  # `data/` may be a link to another disk
+        if form.is_relative_to(ROOT):
+            return form.relative_to(ROOT).as_posix()
+    if not IN_CHECKOUT and path.is_relative_to(data_dir()):
+        return str(path).replace(str(Path.home()), "~", 1)
+    return "/".join(path.resolve().parts[1:][-2:])
 
 
 def hardware(device: torch.device | str) -> str:
@@ -129,12 +223,12 @@ def hardware(device: torch.device | str) -> str:
 
 
 def start(seed: int, device: str | None = None) -> tuple[torch.device, torch.Generator]:
-    """First call of a lesson: pick the device, seed everything, say both in one line, and shout if fast mode is on."""
+    """First call of a lesson: pick the device, seed everything, say both in one line, and warn if fast mode is on."""
     chosen = pick_device(device)
     rng = seed_everything(seed, chosen)
     print(f"device: {hardware(chosen)} · torch {torch.__version__.split('+')[0]} · seed {seed}")
     if is_fast():
         print(
-            "FAST MODE (DDPM_FAST=1): every size is shrunk to finish in seconds. Pictures and figures below mean nothing."
+            "FAST MODE (DDPM_FAST=1): every size is shrunk to finish in seconds. Images and figures below mean nothing."
         )
     return chosen, rng
