@@ -1,6 +1,8 @@
 """The command line: `python -m ddpm_utils train | sample | evaluate | doctor`."""
 
+import contextlib
 import importlib
+import os
 import sys
 import warnings
 
@@ -10,11 +12,40 @@ from .cli import flags
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that `arguments` (or `sys.argv`) name; returns the exit status.
 
-    0: done. 1: `doctor` found something to mend. 2: bad input or a failed run, told in one line on stderr. 130: stopped.
+    0: done. 1: `doctor` found something to fix. 2: bad input or a failed run, told in one line on stderr. 130: stopped.
     """
-    with warnings.catch_warnings():
+    out, err = Quiet(sys.stdout), Quiet(sys.stderr)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         warnings.showwarning = _show_warning
-        return _run(arguments)
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is not an error
+
+
+class Quiet:
+    """A stream that goes on in silence when its reader has closed it, as in `doctor | head -1`, or if there is none."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt("flush")
+
+    def _attempt(self, method: str, *arguments) -> None:
+        try:
+            if self.stream is not None:
+                getattr(self.stream, method)(*arguments)
+        except BrokenPipeError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())  # what is still buffered goes there, too
 
 
 def _show_warning(message, *place) -> None:
@@ -42,6 +73,6 @@ def is_plain(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # a terminal that knows no "…" shall not stop a run
     sys.exit(main())

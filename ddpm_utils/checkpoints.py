@@ -1,17 +1,30 @@
 """A run on disk: one file that is always whole, read without running code from it, from which a run goes on exactly."""
 
 import contextlib
+import copy
 import io
 import os
+import tempfile
 import zipfile
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import config, runtime
 
 SCHEMA = 1  # of the checkpoint file; a change that old files do not fit raises it
+# What a run needs to go on. Files of an earlier version lack "data" and "rng_mps".
+ENTRIES = {
+    "step": int,
+    "best": float,
+    "model": dict,
+    "ema": dict,
+    "ema_updates": int,
+    "optimizer": dict,
+    "rng": Tensor,
+    "rng_cuda": Tensor | None,
+}
 
 
 class NotSaved(OSError):
@@ -30,13 +43,14 @@ def save(path: Path | str, state) -> Path:
         "config": state.cfg.to_dict(),
         "step": state.step,
         "best": state.best,
-        "data_shape": state.data_shape,
+        "data": state.data,
         "model": state.model.state_dict(),
         "ema": state.ema.model.state_dict(),
         "ema_updates": state.ema.updates,
         "optimizer": state.optimizer.state_dict(),
         "rng": torch.get_rng_state(),  # dropout draws from the global generator; all else from seed and step
         "rng_cuda": torch.cuda.get_rng_state(state.device) if state.device.type == "cuda" else None,
+        "rng_mps": torch.mps.get_rng_state() if state.device.type == "mps" else None,
     }
     buffer = io.BytesIO()  # in memory first: PyTorch's own writer hides what a full disk says
     torch.save(payload, buffer)
@@ -58,6 +72,41 @@ def save(path: Path | str, state) -> Path:
             "make room, or call checkpoints.save with another path"
         ) from error
     return path
+
+
+def check_writable(folder: Path | str) -> None:
+    """Make `folder`; raise NotSaved before the first step, rather than after hours, if nothing can be written to it."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise NotSaved(
+            f"{runtime.short_path(folder)} cannot be written to ({error.strerror}): choose another folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def claim(folder: Path | str):
+    """Inside, `folder` belongs to this process; ValueError if another one has claimed it. Raises NotSaved as `check_writable`.
+
+    The operating system ends a claim together with its process, however that ends. A file system that knows no locks is
+    trusted.
+    """
+    from filelock import FileLock, Timeout
+
+    check_writable(folder)
+    lock = FileLock(Path(folder) / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{folder} is in use by another run: wait for its end, or choose another folder") from None
+    except NotImplementedError:  # the file system has no locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _remove_litter(path: Path) -> None:
@@ -92,14 +141,25 @@ def read(path: Path | str) -> dict:
         raise ValueError(
             f"{runtime.short_path(path)} is no whole checkpoint ({type(error).__name__}): take another, such as best.pt"
         ) from error
-    if not isinstance(payload, dict) or not {"schema", "config"} <= payload.keys():
+    if not isinstance(payload, dict) or "schema" not in payload or not isinstance(payload.get("config"), dict):
         raise ValueError(f"{runtime.short_path(path)} was not written by ddpm_utils: it has no schema and config")
     if payload["schema"] != SCHEMA:
         raise ValueError(
             f"{runtime.short_path(path)} has schema {payload['schema']}, this version reads {SCHEMA}: "
             "train again, or use the version that wrote it"
         )
+    _check_entries(path, payload, ("step", "ema"))
     return payload
+
+
+def _check_entries(path: Path, payload: dict, names) -> None:
+    """Raise ValueError that names the entries of `payload` that are missing or of another type."""
+    wrong = [name for name in names if not isinstance(payload.get(name, ...), ENTRIES[name])]
+    if wrong:
+        raise ValueError(
+            f"{runtime.short_path(path)} is no whole checkpoint: {', '.join(wrong)} missing or of another type. "
+            "Take another, such as best.pt"
+        )
 
 
 def check_weights(path: Path | str, weights, model: nn.Module) -> None:
@@ -112,26 +172,56 @@ def check_weights(path: Path | str, weights, model: nn.Module) -> None:
 def load(path: Path | str, state, strict: bool = True):
     """Put a checkpoint into `state`, a `training.TrainState`, which is returned and goes on exactly where it was saved.
 
-    Raises ValueError that shows each field in which the configs differ: all fields if `strict` (a resumed run must be the same
-    run), else those that decide what the weights mean.
+    Raises ValueError, and leaves `state` as it was, if the file lacks an entry or the configs differ. With `strict`, they must
+    be one run (`TrainConfig.contradictions`); else the fields that decide what the weights mean must agree.
     """
-    payload = read(path)
+    path, payload = Path(path), read(path)
     saved = config.from_dict(payload["config"])
-    fields = tuple(state.cfg.to_dict()) if strict else config.WEIGHT_FIELDS
-    differing = state.cfg.differences(saved, fields)
+    differing = state.cfg.contradictions(saved) if strict else state.cfg.differences(saved)
     if differing:
         raise ValueError(
             f"the config does not match {runtime.short_path(path)} (yours against the file's): {'; '.join(differing)}"
         )
-    check_weights(path, payload.get("model"), state.model)
-    check_weights(path, payload.get("ema"), state.ema.model)
+    _check_entries(path, payload, ENTRIES)
+    check_weights(path, payload["model"], state.model)
+    check_weights(path, payload["ema"], state.ema.model)
+    _check_rng(path, payload["rng"])
+    _load_optimizer(path, payload["optimizer"], state.optimizer)
     state.model.load_state_dict(payload["model"])
     state.ema.model.load_state_dict(payload["ema"])
-    state.optimizer.load_state_dict(payload["optimizer"])
     state.ema.updates, state.step, state.best = payload["ema_updates"], payload["step"], payload["best"]
     if strict:
-        state.data_shape = payload.get("data_shape")  # a file of an earlier version does not say
+        shape = payload.get("data_shape")  # all that a file of an earlier version knows of its images, or nothing
+        state.data = payload.get("data") or ({"shape": list(shape)} if shape else None)
     torch.set_rng_state(payload["rng"])
     if payload["rng_cuda"] is not None and state.device.type == "cuda":
         torch.cuda.set_rng_state(payload["rng_cuda"], state.device)
+    if payload.get("rng_mps") is not None and state.device.type == "mps":
+        torch.mps.set_rng_state(payload["rng_mps"])
     return state
+
+
+def _load_optimizer(path: Path, saved: dict, optimizer) -> None:
+    """Load the state `saved` into `optimizer`. Raises ValueError, and changes nothing, if it belongs to other weights."""
+    before = copy.deepcopy(optimizer.state_dict())
+    try:
+        optimizer.load_state_dict(saved)
+        for weight, kept in optimizer.state.items():
+            sizes = [value.numel() for value in kept.values() if isinstance(value, Tensor) and value.ndim]
+            if any(size % weight.numel() for size in sizes):  # Muon keeps one tensor for several weights of a shape
+                raise ValueError("its averages have other shapes than the weights")
+    except Exception as error:
+        optimizer.load_state_dict(before)
+        raise ValueError(
+            f"{runtime.short_path(path)} holds no state of this optimizer ({error}): take another, such as best.pt"
+        ) from error
+
+
+def _check_rng(path: Path, state: Tensor) -> None:
+    """Raise ValueError unless `state` is one of a generator."""
+    try:
+        torch.Generator().set_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{runtime.short_path(path)} holds no state of a random generator ({error}): take another, such as best.pt"
+        ) from error

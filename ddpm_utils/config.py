@@ -29,6 +29,8 @@ ADDED = {
 # Fields that came after runs had been named: at these values the name is what it was, and the run's folder is found.
 UNNAMED = {"label_drop": 0.1, "pad": 0, "data_range": "symmetric"}
 
+FULL_SET = 60_000  # training images of Fashion-MNIST and MNIST, for which the presets are made
+
 # The setting of DDPM (2006.11239): its schedule, what its network predicts, and how Algorithm 1 draws t.
 PAPER = {"schedule": "linear", "target": "eps", "timestep_draw": "uniform"}
 
@@ -198,6 +200,14 @@ class TrainConfig:
             key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
         }
 
+    def contradictions(self, other: "TrainConfig") -> list[str]:
+        """As `differences`, in all fields that a resumed run keeps.
+
+        It may be longer (`epochs`), and the folder of its images may have moved: a checkpoint knows the images by a digest.
+        """
+        free = {"epochs"} | ({"dataset"} if self.folder and other.folder else set())
+        return self.differences(other, [name for name in self.to_dict() if name not in free])
+
     def differences(self, other: "TrainConfig", fields=WEIGHT_FIELDS) -> list[str]:
         """The `fields` in which two configs differ, each as `name: mine against theirs`; empty if weights can be shared."""
         return [
@@ -220,11 +230,20 @@ def from_dict(values: dict) -> TrainConfig:
     return TrainConfig(**(ADDED | values))
 
 
-def preset_for(device_type: str) -> dict:
-    """Fields that suit the hardware: nothing on a CPU; on a GPU wider levels, larger batches and more passes."""
-    if device_type == "cpu":
-        return {}
-    return {"widths": (64, 128), "batch_size": 128, "epochs": 12.0, "ema_decay": 0.999}
+def preset_for(
+    device_type: str,
+    n_images: int = FULL_SET,
+    capability: tuple[int, int] | None = None,
+) -> dict:
+    """Fields that suit the hardware and the number of training images.
+
+    On a GPU: wider levels, larger batches and more passes; half as many on an NVIDIA GPU whose compute capability is below
+    8.0, which trains in float32. A set of fewer than 60,000 images gets as many more passes, so that the run keeps its steps.
+    """
+    large = {"widths": (64, 128), "batch_size": 128, "ema_decay": 0.999}
+    old_gpu = capability is not None and capability < (8, 0)
+    epochs = 1.5 if device_type == "cpu" else 6.0 if old_gpu else 12.0
+    return ({} if device_type == "cpu" else large) | {"epochs": min(1e5, epochs * max(1.0, FULL_SET / n_images))}
 
 
 def for_this_run(cfg: TrainConfig) -> TrainConfig:

@@ -80,6 +80,20 @@ def agree(**facts) -> None:
                 )
 
 
+def first_process_only(action):
+    """Call `action` in process 0 and return None; what it raises is raised in every process, so that none waits in vain."""
+    problem = [None]
+    if rank() == 0:
+        try:
+            action()
+        except Exception as error:
+            problem = [error]
+    if world() > 1:
+        dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise problem[0]
+
+
 def replicate(model: nn.Module, average: nn.Module) -> nn.Module:
     """`model`, wrapped so that its gradients are means over all processes. Weights and average become those of process 0."""
     if world() == 1:

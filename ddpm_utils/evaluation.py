@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import runtime
 from .diffusion import eval_mode, p_mean_variance, predict_x0, q_posterior, q_sample
 from .schedules import NoiseSchedule
 
@@ -51,8 +52,8 @@ def train_classifier(images: Tensor, labels: Tensor, num_classes: int = 10, epoc
     total = epochs * (n // batch_size)
     warmup = min(200, max(1, total // 4))
     with torch.random.fork_rng(devices=[]):  # the layers draw from the global generator, which stays as it was
-        torch.manual_seed(seed)
-        model = Classifier(num_classes, images.shape[1]).to(device, memory_format=torch.channels_last)
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed the GPUs, too
+        model = runtime.place(Classifier(num_classes, images.shape[1]), device)
         rng = torch.default_generator.clone_state()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
     for step in range(total):
@@ -95,7 +96,7 @@ def class_histogram(predictions: Tensor, num_classes: int) -> Tensor:
     if predictions.dtype != torch.int64 or not (0 <= predictions.min() and predictions.max() < num_classes):
         raise ValueError(f"predictions have dtype {predictions.dtype}, expected int64 in 0 … {num_classes - 1}: the argmax of "
                          "class_probabilities, one an image")  # fmt: skip
-    return predictions.bincount(minlength=num_classes).double() / len(predictions)
+    return predictions.cpu().bincount(minlength=num_classes).double() / len(predictions)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -200,7 +201,7 @@ def check_features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             raise ValueError("features hold NaN or infinite values: look at the pictures and at the classifier")
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"features are {a.shape[1]} and {b.shape[1]} wide: take both from the same classifier")
-    return a.double(), b.double()
+    return a.cpu().double(), b.cpu().double()
 
 
 @dataclass(frozen=True)
@@ -314,8 +315,9 @@ def nearest_neighbours(queries: Tensor, points: Tensor, k: int = 1, chunk: int =
             numbers = torch.arange(start, start + distances.shape[1], device=part.device).expand_as(distances)
             near, order = torch.cat([near, distances], dim=1).topk(min(k, start + chunk, len(points)), largest=False)
             index = torch.cat([index, numbers], dim=1).gather(1, order)
-        exact, order = (points[index].double() - part.double()[:, None]).norm(dim=2).sort(dim=1, stable=True)
-        found.append((exact, index.gather(1, order)))
+        difference = points[index].cpu().double() - part.cpu().double()[:, None]  # Apple's GPUs know no float64
+        exact, order = difference.norm(dim=2).sort(dim=1, stable=True)
+        found.append((exact, index.cpu().gather(1, order)))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 

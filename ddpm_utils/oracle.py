@@ -45,7 +45,7 @@ class GaussianDenoiser(nn.Module):
         """
         if target not in ("eps", "x0", "v"):
             raise ValueError(f"target={target!r} is not known: choose 'eps', 'x0' or 'v'")
-        alpha_bars, values = self.schedule.alpha_bars.double()[:, None], self.values.double()[None]
+        alpha_bars, values = self.schedule.alpha_bars.cpu().double()[:, None], self.values.cpu().double()[None]
         common = (values / (alpha_bars * values + 1 - alpha_bars)).mean(dim=1)  # the error of v
         factor = {"v": 1.0, "eps": alpha_bars[:, 0], "x0": 1 - alpha_bars[:, 0]}
         return (common * factor[target]).float()
@@ -104,8 +104,8 @@ class DataDenoiser(nn.Module):
 
 def fit_gaussian(schedule: NoiseSchedule, x0: Tensor, target: str = "eps") -> GaussianDenoiser:
     """The best linear denoiser for data whose mean and covariance are those of x0 (N, …), floats in model range."""
-    flat = x0.flatten(1).double()
-    return GaussianDenoiser(schedule, flat.mean(dim=0).float(), torch.cov(flat.T), target)
+    flat = x0.flatten(1).cpu().double()
+    return GaussianDenoiser(schedule, flat.mean(dim=0).float().to(x0.device), torch.cov(flat.T), target)
 
 
 def eigen(covariance: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ def eigen(covariance: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"covariance must be symmetric of shape ({d}, {d}) to go with {d} means, got {tuple(covariance.shape)}"
         )
-    values, vectors = torch.linalg.eigh(covariance.double())
+    values, vectors = torch.linalg.eigh(covariance.cpu().double())  # not every device knows float64
     rounding = d * torch.finfo(covariance.dtype).eps * values[-1].abs()  # it may push a flat direction below 0
     if values[0] < -rounding:
         raise ValueError(f"covariance has the eigenvalue {values[0].item():.3g}: variances cannot be negative")

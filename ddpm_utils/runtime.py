@@ -82,7 +82,7 @@ def autocast(device: torch.device | str):
 def capability(device: torch.device | str) -> tuple[int, int] | None:
     """The compute capability of an NVIDIA GPU, such as (7, 5) for a T4; None on other devices."""
     device = torch.device(device)
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.cuda else None
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
 
 
 def place(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Module:

@@ -74,7 +74,8 @@ def check_count(timesteps: int) -> None:
 
 
 def check_betas(betas: Tensor) -> Tensor:
-    """`betas` as float64; ValueError unless it is a non-empty vector with every value strictly between 0 and 1."""
+    """`betas` as float64 on the CPU; ValueError unless it is a non-empty vector with every value strictly between 0 and 1."""
+    betas = betas.cpu() if isinstance(betas, Tensor) else betas  # not every device knows float64
     betas = torch.as_tensor(betas, dtype=torch.float64)
     if betas.ndim != 1 or len(betas) == 0:
         raise ValueError(f"betas must be a vector of at least one number, got shape {tuple(betas.shape)}")

@@ -3,14 +3,14 @@
 import contextlib
 import copy
 import functools
+import hashlib
 import math
 import signal
-import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import checkpoints, distributed, runtime
 from .checkpoints import NotSaved
 from .config import TrainConfig
-from .data import to_model_range
+from .data import digest, to_model_range
 from .diffusion import diffusion_loss, eval_mode, q_sample, training_target
 from .optimizer import make_optimizer
 from .schedules import NoiseSchedule, make_schedule
@@ -106,10 +106,26 @@ def batch_indices(n_images: int, step: int, cfg: TrainConfig, device="cpu") -> T
     return order[offset : offset + cfg.batch_size]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def permutation(n_images: int, seed: int, number: int, device="cpu") -> Tensor:
-    """The order of the images in pass `number`, the same on every device. Treat it as read-only: two are remembered."""
+    """The order of the images in pass `number`, the same on every device. Treat it as read-only: four are remembered."""
     return torch.randperm(n_images, generator=step_generator(seed + 1_000_000_007, number)).to(device)
+
+
+@dataclass
+class Clock:
+    """Seconds that a run has spent in its steps, without what the caller does in between."""
+
+    busy: float = 0.0
+
+    @contextlib.contextmanager
+    def running(self):
+        """Count the time inside."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.busy += time.perf_counter() - began
 
 
 @dataclass(frozen=True)
@@ -122,11 +138,20 @@ class StepRecord:
     lr: float
     images_per_second: float
     held_out: float | None = None
+    clock: Clock | None = field(default=None, repr=False, compare=False)
 
     @property
     def loss(self) -> float:
-        """The loss of the whole batch. On a GPU the reader waits for the step: in a hurry, keep records and read them later."""
-        return self.loss_tensor.item()
+        """The loss of the whole batch. A GPU is waited for: to read the losses of many steps at once, see `losses`."""
+        return losses([self])[0]
+
+
+def losses(records: list[StepRecord]) -> list[float]:
+    """The losses of `records`, read from the device in one go. Waiting for its steps counts as their time."""
+    if not records:
+        return []
+    with records[-1].clock.running() if records[-1].clock else contextlib.nullcontext():
+        return torch.stack([record.loss_tensor for record in records]).tolist()
 
 
 class TrainState:
@@ -134,13 +159,13 @@ class TrainState:
 
     def __init__(self, cfg: TrainConfig, model: nn.Module, device="cpu"):
         self.cfg, self.device = cfg, torch.device(device)
-        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.model = runtime.place(model, self.device)
         self.ema = EMA(self.model, cfg.ema_decay)
         self.optimizer = make_optimizer(self.model, cfg)
         self.schedule = make_schedule(**cfg.noise()).to(self.device)
         self.step = 0
         self.best = math.inf  # the lowest held-out loss so far
-        self.data_shape = None  # of the images it is trained on, once it is
+        self.data = None  # what `describe_data` says of the images it is trained on, once it is
         self.stopped = False  # True once the reader has pressed stop; set it to end the loop
         self.read_every = 1 if self.device.type == "cpu" else READ_EVERY
         self.unsaved = None  # the NotSaved of the latest save point, if it failed
@@ -168,15 +193,17 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
     cfg, mine = state.cfg, distributed.share(state.cfg.batch_size)
     streamed = not isinstance(images, Tensor)
     if not streamed:
-        images = check_images(images).to(state.device)
+        check_images(images)
     if held_out is not None:
         check_images(held_out)
-    if labels is not None:
-        if labels.shape != images.shape[:1]:
-            raise ValueError(f"labels have shape {tuple(labels.shape)}, expected one a picture: ({len(images)},)")
-        labels = labels.to(state.device)
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, expected one an image: ({len(images)},)")
     if folder is not None and distributed.rank() == 0:
-        _check_folder(Path(folder))
+        checkpoints.check_writable(folder)
+    facts = describe_data(images, labels)  # of the tensors where they are, before they move
+    if not streamed:
+        images = images.to(state.device)
+        labels = None if labels is None else labels.to(state.device)
     total = cfg.steps(len(images))
     order = (batch_indices(len(images), step, cfg)[mine] for step in range(state.step, total))
     ahead = images.ahead(order) if streamed else contextlib.nullcontext()
@@ -184,35 +211,29 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
     state.model.train()
     state.stopped, state.unsaved = False, None
     with _stop_between_steps(state), distributed.lost_worker(lambda: _lost(state, folder)), ahead:
-        shape = tuple(images.shape)
-        distributed.agree(step=state.step, config=cfg.run_name(), images=shape)
-        if state.step and state.data_shape not in (None, shape):
-            raise ValueError(
-                f"the run came to step {state.step} on images {state.data_shape}, and these are {shape}: "
-                "it goes on with the same images, or begins anew"
-            )
-        state.data_shape = shape
+        distributed.agree(step=state.step, config=cfg.run_name(), **facts)
+        check_same_data(state, facts)
+        state.data = facts
         model = distributed.replicate(state.model, state.ema.model)
         first, unread, leave = state.step, {}, False
-        busy = speed = 0.0  # seconds spent in steps, without what the caller does in between; images a second
+        clock, speed = Clock(), 0.0  # images a second
         while state.step < total and not leave:
-            began = time.perf_counter()
-            lr = learning_rate(state.step, total, cfg)
-            loss, stop = distributed.gather(_one_step(state, model, images, labels, lr), state.stopped)
-            unread[state.step] = loss
-            done = state.step + 1
-            point = done % every == 0 or done == total
-            look = point or (done - first - 1) % state.read_every == 0
-            if look:
-                _read(state, unread, folder)
-                leave = bool(stop)
-            state.ema.update(state.model)
-            state.step = done
-            busy += time.perf_counter() - began
+            with clock.running():
+                lr = learning_rate(state.step, total, cfg)
+                loss, stop = distributed.gather(_one_step(state, model, images, labels, lr), state.stopped)
+                unread[state.step] = loss
+                done = state.step + 1
+                point = done % every == 0 or done == total
+                look = point or (done - first - 1) % state.read_every == 0
+                if look:
+                    _read(state, unread, folder)
+                    leave = bool(stop)
+                state.ema.update(state.model)
+                state.step = done
             if look:  # in between, a GPU's host knows when a step was ordered and not when it was done
-                speed = (state.step - first) * cfg.batch_size / busy
+                speed = (state.step - first) * cfg.batch_size / clock.busy
             measured = _measure_and_save(state, held_out, folder) if point else None
-            yield StepRecord(state.step, total, loss, lr, speed, measured)
+            yield StepRecord(state.step, total, loss, lr, speed, measured, clock)
             leave = leave or (state.stopped and distributed.world() == 1)
         if unread:  # stopped between two looks
             _read(state, unread, folder)
@@ -223,6 +244,27 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
         raise NotSaved(f"the run ended at step {state.step}, but {state.unsaved}")
 
 
+def describe_data(images, labels: Tensor | None) -> dict:
+    """What a checkpoint keeps of the images (N, C, H, W) and labels (N,): their shape, and a digest of each."""
+    kept = None if labels is None else hashlib.blake2b(labels.cpu().numpy().tobytes(), digest_size=8).hexdigest()
+    return {"shape": list(images.shape), "images": digest(images), "labels": kept}
+
+
+def check_same_data(state: TrainState, now: dict) -> None:
+    """Raise ValueError that says what differs, if the run came to its step on other data than `now` (`describe_data`)."""
+    if state.step == 0:
+        return
+    words = {"shape": "number and size (N, C, H, W)", "images": "pixels (digest)", "labels": "labels (digest)"}
+    differing = [
+        f"{words[name]} {then} then, {now[name]} now" for name, then in (state.data or {}).items() if then != now[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"the run came to step {state.step} on other data: {'; '.join(differing)}. "
+            "Give it the same images to go on, or start a new run"
+        )
+
+
 def _one_step(state: TrainState, model: nn.Module, images: Tensor, labels: Tensor | None, lr: float) -> Tensor:
     """Step number `state.step`: its batch, timesteps and noise depend on that number and the seed alone. Returns the loss."""
     cfg, mine = state.cfg, distributed.share(state.cfg.batch_size)
@@ -230,7 +272,8 @@ def _one_step(state: TrainState, model: nn.Module, images: Tensor, labels: Tenso
         group["lr"] = lr
     if distributed.world() > 1:  # dropout: other masks in every process, the same ones again in a resumed run
         torch.manual_seed((cfg.seed * 1_000_003 + state.step) * distributed.world() + distributed.rank())
-    picked = batch_indices(len(images), state.step, cfg, state.device)
+    where = state.device if isinstance(images, Tensor) else "cpu"  # a streamed batch is picked where it is read
+    picked = batch_indices(len(images), state.step, cfg, where)
     rng = step_generator(cfg.seed, state.step, state.device)
     n, timesteps = cfg.batch_size, len(state.schedule)
     if cfg.timestep_draw == "uniform":
@@ -238,7 +281,8 @@ def _one_step(state: TrainState, model: nn.Module, images: Tensor, labels: Tenso
     else:
         t = sample_timesteps(n, timesteps, rng, state.device, cfg.timestep_draw == "middle")[mine]
     eps = torch.randn(n, *images.shape[1:], generator=rng, device=state.device)[mine]
-    y = None if labels is None else drop_labels(labels[picked], cfg.label_drop, cfg.num_classes, rng)[mine]
+    y = None if labels is None else labels[picked].to(state.device)
+    y = None if y is None else drop_labels(y, cfg.label_drop, cfg.num_classes, rng)[mine]
     x0 = to_model_range(images[picked[mine]].to(state.device), cfg.data_range)
     return train_step(model, state.optimizer, state.schedule, x0, t, eps, cfg.target, cfg.grad_clip, y)
 
@@ -277,17 +321,6 @@ def _try_to_save(path: Path, state: TrainState) -> bool:
         warnings.warn(f"step {state.step}: {error}", RuntimeWarning, stacklevel=4)  # at the caller's loop
         return False
     return True
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise NotSaved before the first step, rather than after hours, if nothing can be written to `folder`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise NotSaved(
-            f"{runtime.short_path(folder)} cannot be written to ({error.strerror}): choose another folder"
-        ) from error
 
 
 def _last_good(folder: Path | str | None) -> str:

@@ -90,7 +90,8 @@ def press_stop_at(monkeypatch, step: int, action=lambda *_: signal.raise_signal(
 
 
 def test_a_run_folder_holds_config_checkpoints_losses_and_a_grid(whole):
-    assert {path.name for path in whole.iterdir()} == {"config.json", "last.pt", "best.pt", "loss.csv", "samples.png"}
+    files = {path.name for path in whole.iterdir() if path.name != ".lock"}
+    assert files == {"config.json", "last.pt", "best.pt", "loss.csv", "samples.png"}
     cfg = config.from_dict(json.loads((whole / "config.json").read_text()))
     assert cfg == TrainConfig(**CONFIG) == config.from_dict(checkpoint(whole)["config"])
     assert checkpoint(whole)["step"] == cfg.steps(1500) == STEPS
@@ -124,9 +125,8 @@ def test_a_stopped_and_resumed_run_is_the_whole_run_bit_for_bit(whole, tmp_path,
     with monkeypatch.context() as patch:
         press_stop_at(patch, stop)
         assert train("--out", tmp_path) == 130
-    assert (
-        f"stopped at step {stop}; --resume --out {tmp_path} goes on exactly" in capsys.readouterr().err.splitlines()[-1]
-    )
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line == f"stopped at step {stop}; to go on: python -m ddpm_utils train --resume --out {tmp_path}"
     assert checkpoint(tmp_path)["step"] == stop and not (tmp_path / "samples.png").exists()
     torch.manual_seed(99)
     assert command.main(["train", "--resume", "--out", str(tmp_path)]) == 0
@@ -190,7 +190,9 @@ def test_without_out_the_folder_is_named_after_the_config_and_found_again(own_fo
 def test_a_run_is_never_overwritten(whole, capsys):
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     assert train("--out", whole, seed=1) == 2
-    assert "holds a run already: add --resume" in error_of(capsys)
+    assert f"holds a run already. To go on with it: python -m ddpm_utils train --resume --out {whole};" in error_of(
+        capsys
+    )
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
 
@@ -205,9 +207,9 @@ def test_flags_that_contradict_a_resumed_run_are_named(whole, capsys, changes):
 def test_a_changed_or_damaged_config_is_told(whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     file = tmp_path / "run" / "config.json"
-    file.write_text(json.dumps(TrainConfig(**CONFIG).replace(epochs=9).to_dict()))
+    file.write_text(json.dumps(TrainConfig(**CONFIG).replace(lr=0.01).to_dict()))
     assert command.main(["train", "--resume", "--out", str(file.parent)]) == 2
-    assert "epochs: 9.0 against 0.2" in error_of(capsys)
+    assert "lr: 0.01 against 0.005" in error_of(capsys)
     file.write_text("{")
     assert command.main(["train", "--resume", "--out", str(file.parent)]) == 2
     assert "config.json is no JSON" in error_of(capsys)
@@ -266,9 +268,9 @@ def test_fast_mode_shrinks_a_run_and_its_resumption_alike(tmp_path, monkeypatch)
 def test_presets_of_the_hardware_lie_under_the_flags():
     on_gpu = train_command.planned_config({"batch_size": 64}, "fashion_mnist", torch.device("cuda", 0))
     assert on_gpu == TrainConfig(**config.preset_for("cuda") | {"batch_size": 64})
-    small = train_command.planned_config({}, "digits", "cpu")
+    small = train_command.planned_config({}, "digits", "cpu", 1500)
     assert small == TrainConfig(dataset="digits", epochs=60.0)  # as many steps from 1,500 images
-    assert train_command.planned_config({"epochs": 2.0}, "digits", "cpu").epochs == 2.0
+    assert train_command.planned_config({"epochs": 2.0}, "digits", "cpu", 1500).epochs == 2.0
 
 
 def test_a_diverged_run_ends_in_one_line(tmp_path, monkeypatch, capsys):
@@ -366,12 +368,13 @@ def test_under_torchrun_two_processes_make_the_same_run(whole, tmp_path):
 
 
 def test_only_process_0_prints_and_writes(tmp_path, monkeypatch, capsys):
-    names = {name: getattr(distributed, name) for name in ("group", "world", "agree")}
+    names = {name: getattr(distributed, name) for name in ("group", "world", "agree", "first_process_only")}
     monkeypatch.setattr(train_command, "distributed", types.SimpleNamespace(**names, rank=lambda: 1))
     assert train("--out", tmp_path / "run", epochs=0.02) == 0
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", "")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"last.pt", "best.pt"}  # by `training`, unpatched
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {".lock", "last.pt", "best.pt"}  # by `checkpoints` and `training`, unpatched
 
 
 # sample
@@ -536,6 +539,7 @@ def test_evaluate_refuses_what_has_no_floor_before_it_draws(whole, quick_classif
         ("sample --weights nothing", "give a run's folder, a checkpoint, or one of fashion_mnist, fashion_mnist_labels, mnist"),
         ("sample --weights {tmp}", "no checkpoint at"),
         ("sample --weights {tmp}/file", "is no whole checkpoint"),
+        ("sample --lr 1", "unknown: --lr 1; python -m ddpm_utils sample --help"),
         ("sample --weights {tmp}/foreign.pt", "was not written by ddpm_utils"),
         ("sample --n 0", "n=0 is outside 1 … 100000"),
         ("sample --n many", "--n: invalid int value: 'many'"),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -465,6 +466,35 @@ def test_a_stop_reads_what_was_not_read_before_it_saves(fresh, tmp_path):
     assert checkpoints.read(tmp_path / "last.pt")["step"] == 5
 
 
+class SlowToRead(Waits):
+    """Reading a value from the device takes 30 ms, as on a GPU that is still at work."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        before = self.count
+        answer = super().__torch_dispatch__(function, types, arguments, named)
+        time.sleep(0.03 * (self.count - before))
+        return answer
+
+
+def test_waiting_for_a_loss_counts_as_time_of_the_steps(fresh):
+    """The caller asks for every loss outside of the steps, and the device is waited for there."""
+    state = fresh(epochs=2)
+    state.read_every = 100
+    with SlowToRead():
+        records = [(record, record.loss)[0] for record in train(state, IMAGES, evaluate_every=1000)]
+    assert len(records) == 12
+    assert records[-1].clock.busy > 12 * 0.03
+    assert records[-1].images_per_second < 4 / 0.03  # a batch of 4 each 30 ms, and not as fast as steps are ordered
+
+
+def test_losses_are_read_in_one_go(fresh):
+    records = run(fresh(epochs=2))
+    with Waits() as mode:
+        values = training.losses(records)
+    assert values == [record.loss for record in records] and mode.count <= 1
+    assert training.losses([]) == []
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_the_loop_never_waits_for_the_gpu(tiny, net):
     cfg = tiny(epochs=1)
@@ -579,23 +609,67 @@ def test_a_run_that_is_interrupted_twice(fresh, tmp_path):
     assert same(everything(state), everything(whole))
 
 
-def test_a_run_goes_on_with_as_many_images_as_it_began_with(fresh, tmp_path):
-    """With another number, `batch_indices` would deal them anew, and some would be seen twice and others never."""
+def brighter(images):
+    """The same images but for one pixel of one image."""
+    changed = images.clone()
+    changed[5, 0, 3, 3] ^= 1
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (IMAGES[:23], r"number and size \(N, C, H, W\) \[24, 1, 8, 8\] then, \[23, 1, 8, 8\] now"),
+        (IMAGES.flip(0), r"other data: pixels \(digest\) \w{16} then, \w{16} now\. Give it the same images"),
+        (brighter(IMAGES), r"other data: pixels"),
+    ],
+    ids=["fewer", "another order", "one pixel"],
+)
+def test_a_run_goes_on_with_the_images_that_it_began_with(fresh, tmp_path, images, says):
+    """With other images, or another number of them, a resumed run would not be the run that was stopped."""
     state = fresh()
     at_forward(state.model, 2, press_stop)
     run(state, folder=tmp_path)
     resumed = checkpoints.load(tmp_path / "last.pt", fresh())
     for other in (state, resumed):
-        with pytest.raises(
-            ValueError, match=r"came to step 3 on images \(24, 1, 8, 8\), and these are \(23, 1, 8, 8\)"
-        ):
-            run(other, images=IMAGES[:23])
+        with pytest.raises(ValueError, match=f"came to step 3 on other data: .*{says.removeprefix('other data: ')}"):
+            run(other, images=images)
     run(resumed)
     assert resumed.step == resumed.cfg.steps(24)
     # Other images for old weights: that is allowed.
     tuned = checkpoints.load(tmp_path / "last.pt", fresh(), strict=False)
-    run(tuned, images=IMAGES[:23])
-    assert tuned.data_shape == (23, 1, 8, 8)
+    run(tuned, images=images)
+    assert tuned.data == training.describe_data(images, None)
+
+
+def test_a_run_goes_on_with_the_labels_that_it_began_with(fresh, tmp_path):
+    labels = torch.arange(24) % 3
+    state = fresh(num_classes=3)
+    at_forward(state.model, 2, press_stop)
+    run(state, folder=tmp_path, labels=labels)
+    for other in (labels.flip(0), None):
+        resumed = checkpoints.load(tmp_path / "last.pt", fresh(num_classes=3))
+        with pytest.raises(ValueError, match=r"other data: labels \(digest\) \w{16} then, (\w{16}|None) now\."):
+            run(resumed, labels=other)
+    run(resumed, labels=labels)
+    assert resumed.step == resumed.cfg.steps(24)
+
+
+def test_a_checkpoint_of_an_earlier_version_knows_the_shape_of_its_images_alone(fresh, tmp_path):
+    state = fresh()
+    at_forward(state.model, 2, press_stop)
+    run(state, folder=tmp_path)
+    payload = torch.load(tmp_path / "last.pt", weights_only=True)
+    del payload["data"], payload["rng_mps"]
+    for shape, refused in (((24, 1, 8, 8), False), ((23, 1, 8, 8), True), (None, False)):
+        torch.save(payload | {"data_shape": shape}, tmp_path / "old.pt")
+        resumed = checkpoints.load(tmp_path / "old.pt", fresh())
+        if refused:
+            with pytest.raises(ValueError, match="other data: number and size"):
+                run(resumed)
+        else:
+            run(resumed)
+            assert resumed.step == resumed.cfg.steps(24)
 
 
 # twenty-seven ways to be interrupted
@@ -1028,7 +1102,9 @@ def test_kill_9_during_a_save_loses_nothing(tmp_path):
 
 @pytest.fixture
 def saved(fresh, tmp_path):
-    return checkpoints.save(tmp_path / "run" / "last.pt", fresh())
+    state = fresh()
+    next(train(state, IMAGES))  # a step, so that the optimizer has averages
+    return checkpoints.save(tmp_path / "run" / "last.pt", state)
 
 
 class Bomb:
@@ -1058,7 +1134,29 @@ SPOIL = {
     "weights of another network": lambda path: torch.save(torch.load(path) | {"model": {"a": torch.zeros(1)}}, path),
     "a whole module": lambda path: torch.save(nn.Linear(1, 1), path),
     "another schema": lambda path: torch.save(torch.load(path) | {"schema": checkpoints.SCHEMA + 1}, path),
+    "a config of another kind": lambda path: torch.save(torch.load(path) | {"config": ["lr"]}, path),
+    "a state of no generator": lambda path: torch.save(torch.load(path) | {"rng": torch.zeros(3)}, path),
+    "an optimizer of other weights": lambda path: torch.save(
+        torch.load(path) | {"optimizer": foreign_optimizer()}, path
+    ),
+    "an optimizer whose averages do not fit": lambda path: torch.save(cut_averages(torch.load(path)), path),
 }
+for entry in checkpoints.ENTRIES:
+    SPOIL[f"no {entry}"] = lambda path, name=entry: torch.save(
+        {key: value for key, value in torch.load(path).items() if key != name}, path
+    )
+    SPOIL[f"{entry} of another type"] = lambda path, name=entry: torch.save(torch.load(path) | {name: "a text"}, path)
+
+
+def foreign_optimizer() -> dict:
+    return torch.optim.AdamW(nn.Linear(1, 1).parameters()).state_dict()
+
+
+def cut_averages(payload: dict) -> dict:
+    for kept in payload["optimizer"]["state"].values():
+        for name, value in kept.items():
+            kept[name] = value.flatten()[:-1] if value.numel() > 1 else value
+    return payload
 
 
 @pytest.mark.parametrize("spoil", SPOIL)

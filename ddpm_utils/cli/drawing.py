@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoints, config, data, pretrained, sampling
+from .. import checkpoints, config, data, pretrained, runtime, sampling
 from ..config import TrainConfig
 from ..schedules import make_schedule
 from .progress import Progress
@@ -31,7 +31,7 @@ def load_weights(what: str, device) -> tuple[nn.Module, TrainConfig]:
     model = pretrained.build(cfg)
     checkpoints.check_weights(path, payload.get("ema"), model)
     model.load_state_dict(payload["ema"])
-    return model.to(device, memory_format=torch.channels_last).eval(), cfg
+    return runtime.place(model, device).eval(), cfg
 
 
 @dataclass(frozen=True)

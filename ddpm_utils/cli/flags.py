@@ -86,7 +86,7 @@ def build_parser() -> Parser:
     parser = Parser(prog=PROGRAM, usage=f"{PROGRAM} command [flags]",
                     description="Train, sample and measure diffusion models from a shell.")  # fmt: skip
     commands = parser.add_subparsers(
-        dest="command", required=True, title="commands", metavar="command", parser_class=Parser
+        dest="command", required=True, title="commands", metavar="command", parser_class=Parser, prog=PROGRAM
     )
 
     def add(name, note, about="", usage=" [flags]"):

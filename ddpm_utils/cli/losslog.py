@@ -1,8 +1,11 @@
 """`loss.csv`: a row a step, appended as the run goes, cut back to the checkpoint when it is resumed."""
 
 import os
+import re
 import warnings
 from pathlib import Path
+
+from ..training import losses
 
 COLUMNS = ("step", "loss", "lr", "images_per_second", "held_out")
 
@@ -25,9 +28,9 @@ class LossLog:
 
     def add(self, records) -> None:
         """Write a row for each StepRecord. Nine digits bring a float32 back to its last bit."""
-        for r in records:
+        for r, loss in zip(records, losses(records), strict=True):
             held_out = "" if r.held_out is None else f"{r.held_out:.9g}"
-            self.waiting.append(f"{r.step},{r.loss:.9g},{r.lr:.6g},{r.images_per_second:.1f},{held_out}\n")
+            self.waiting.append(f"{r.step},{loss:.9g},{r.lr:.6g},{r.images_per_second:.1f},{held_out}\n")
         content = "".join(self.waiting).encode()
         try:
             with open(self.path, "r+b") as file:
@@ -43,5 +46,5 @@ class LossLog:
 
 def whole_rows(path: Path) -> list[str]:
     """The rows of the file at `path`, line ends and all; none if there is no file. What a kill has torn is left out."""
-    lines = path.read_text().splitlines(keepends=True)[1:] if path.is_file() else []
-    return [line for line in lines if line.endswith("\n") and line.count(",") == len(COLUMNS) - 1 and line[0].isdigit()]
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    return re.findall(rf"^\d+(?:,[^,\n]*){{{len(COLUMNS) - 1}}}\n", text, re.MULTILINE)

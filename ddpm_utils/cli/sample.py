@@ -1,7 +1,9 @@
-"""`sample`: pictures from trained weights, as a grid, as a strip that shows how they come about, and as a GIF."""
+"""`sample`: images from trained weights, as a grid, as a strip that shows how they come about, and as a GIF."""
 
 import argparse
 import dataclasses
+import itertools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +11,12 @@ import imageio.v3 as iio
 import torch
 from torch import Tensor
 
-from .. import config, plots, runtime
+from .. import checkpoints, config, plots, pretrained, runtime
 from ..config import TrainConfig
 from ..recipes import RECIPES
 from . import drawing, flags
 
+ABOUT = "samples.json"  # says where the files beside it come from
 ROWS, COLUMNS = 6, 10  # of the strip, at most
 FRAMES, FILMED, MS = 60, 64, 80  # of the GIF: frames and pictures, at most; milliseconds a frame
 
@@ -36,13 +39,38 @@ def run(options: argparse.Namespace) -> int:
     weights = options.weights or (default_run(options.recipe) if options.recipe else "fashion_mnist")
     model, cfg = drawing.load_weights(weights, device)
     how, views = (of_recipe if options.recipe else usual)(options, cfg)
-    folder = options.out or runtime.output_dir("samples") / (options.recipe or Path(weights).resolve().stem)
-    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "weights": weights if weights in pretrained.names() else str(Path(weights).resolve()),
+        **dataclasses.asdict(how),
+    }
+    folder = options.out or free_folder(options.recipe or name_of(weights), about)
+    checkpoints.check_writable(folder)
     x, kept = drawing.draw(model, cfg, how, device, {*views.strip, *views.film})
     names = write(folder, x, kept, views)
+    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     print(f"{weights}: {how}")
-    print(f"wrote {', '.join(names)} to {folder}")
+    print(f"wrote {', '.join([*names, ABOUT])} to {folder}")
     return 0
+
+
+def name_of(weights: str) -> str:
+    """The name of shipped weights, of a run's folder, or of both a folder and the checkpoint in it, such as `my_run-best`."""
+    path = Path(weights).resolve()
+    return (
+        weights if weights in pretrained.names() else f"{path.parent.name}-{path.stem}" if path.is_file() else path.name
+    )
+
+
+def free_folder(name: str, about: dict) -> Path:
+    """`outputs/samples/NAME`, or with a number behind it where files with another origin than `about` are there already."""
+    for number in itertools.count(1):
+        folder = runtime.output_dir("samples") / (name if number == 1 else f"{name}-{number}")
+        try:
+            if json.loads((folder / ABOUT).read_text(encoding="utf-8")) == about:
+                return folder
+        except (OSError, ValueError):  # none there, or none of ours
+            if not folder.exists():
+                return folder
 
 
 def default_run(name: str) -> str:

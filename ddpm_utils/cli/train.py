@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -20,9 +21,9 @@ from . import drawing, flags
 from .losslog import LossLog
 from .progress import Progress, clock
 
+FEW_STEPS, DEFAULT_STEPS = 500, 2812  # below the first, say so; the default run on Fashion-MNIST makes the second
 HELD_OUT = 512  # test images on which the loss is measured
 SAMPLES = 64  # pictures in samples.png
-SMALL_SET = {"digits": {"epochs": 60.0}}  # 1,500 images: more passes make as many steps
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,11 +33,13 @@ def run(options: argparse.Namespace) -> int:
         if distributed.rank() > 0:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # once is enough
         cfg, folder, train_set, test_set = prepare(options, device)
-        state = begin(cfg, folder, train_set, device, options.resume)
+        state = build(cfg, train_set, device)
+        distributed.first_process_only(lambda: stack.enter_context(claim(folder, options.resume)))
+        begin(state, folder, train_set, options.resume)
         labels = train_set.labels if cfg.num_classes else None
         run_loop(state, folder, train_set.images, test_set.images[: runtime.shrink(HELD_OUT, 8)], labels, writer)
         if state.stopped:
-            print(f"stopped at step {state.step:,}; --resume --out {folder} goes on exactly", file=sys.stderr)
+            print(f"stopped at step {state.step:,}; to go on: {resume_command(folder)}", file=sys.stderr)
             return 130
         if distributed.rank() == 0:
             how = drawing.plan(cfg, runtime.shrink(SAMPLES, 4), seed=cfg.seed)
@@ -55,12 +58,14 @@ def prepare(options: argparse.Namespace, device) -> tuple[TrainConfig, Path, dat
     chosen, resumed = flags.given(options), options.resume and options.out is not None
     if options.recipe:
         chosen = recipes.fields(options.recipe, **chosen)
+    if "dataset" in chosen and chosen["dataset"] not in config.DATASETS and TrainConfig(**chosen).folder:
+        # Stored as what it means here, so that a run can be resumed from anywhere.
+        chosen["dataset"] = os.path.abspath(Path(chosen["dataset"]).expanduser())
     preset_of = "cpu" if options.recipe else device  # which has no preset: a recipe is the same on all hardware
     if options.out is not None and not options.resume:
         refuse_taken(options.out)
     if resumed:
-        cfg = saved_config(options.out)
-        refuse_contradictions(cfg, chosen, options.out)
+        cfg = resumed_config(saved_config(options.out), chosen, options.out)
     else:
         cfg = planned_config(chosen, TrainConfig(**chosen).dataset, preset_of)
     train_set, test_set = load(cfg, device)
@@ -69,8 +74,8 @@ def prepare(options: argparse.Namespace, device) -> tuple[TrainConfig, Path, dat
     if found != cfg.dataset and resumed:
         title = data.TITLES[cfg.dataset]
         raise FileNotFoundError(f"{options.out} learns from {title}, which is neither on disk nor to be downloaded")
-    if found != cfg.dataset:
-        cfg = planned_config(chosen, found, preset_of)
+    if not resumed:  # now that it is known what there is, and how much
+        cfg = planned_config(chosen, found, preset_of, len(train_set))
     folder = options.out or runtime.output_dir("runs") / cfg.run_name()
     if options.resume and not resumed:
         saved_config(folder)
@@ -84,16 +89,28 @@ def prepare(options: argparse.Namespace, device) -> tuple[TrainConfig, Path, dat
     return cfg, folder, train_set, test_set
 
 
-def planned_config(chosen: dict, dataset: str, device) -> TrainConfig:
-    """The fields `chosen` on top of what suits device and data set, shrunk in fast mode. Raises ValueError on a bad field."""
-    preset = config.preset_for(torch.device(device).type) | SMALL_SET.get(dataset, {})
+def planned_config(
+    chosen: dict,
+    dataset: str,
+    device,
+    n_images: int = config.FULL_SET,
+) -> TrainConfig:
+    """The fields `chosen` on top of what suits device and number of images, shrunk in fast mode. ValueError on a bad field."""
+    preset = config.preset_for(torch.device(device).type, n_images, runtime.capability(device))
     return config.for_this_run(TrainConfig(**(preset | chosen | {"dataset": dataset})))
+
+
+def resume_command(folder: Path) -> str:
+    """What to type to go on with the run in `folder`."""
+    return f"{flags.PROGRAM} train --resume --out {shlex.quote(str(folder))}"
 
 
 def refuse_taken(folder: Path) -> None:
     """Raise ValueError if `folder` holds a run, which a new one would overwrite."""
     if (folder / "last.pt").exists():
-        raise ValueError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
+        raise ValueError(
+            f"{folder} holds a run already. To go on with it: {resume_command(folder)}; or choose another --out"
+        )
 
 
 def saved_config(folder: Path) -> TrainConfig:
@@ -111,8 +128,8 @@ def saved_config(folder: Path) -> TrainConfig:
         values = json.loads(written.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{written} is no JSON ({error}): write it anew, or delete it if last.pt is there") from error
-    noted = config.from_dict(values)
-    differing = [] if cfg is None else noted.differences(cfg, tuple(cfg.to_dict()))
+    noted = from_json(values, written)
+    differing = [] if cfg is None else noted.contradictions(cfg)
     if differing:
         raise ValueError(
             f"{written} was changed since last.pt was written ({'; '.join(differing)}): a resumed run keeps its config"
@@ -120,13 +137,28 @@ def saved_config(folder: Path) -> TrainConfig:
     return noted
 
 
-def refuse_contradictions(cfg: TrainConfig, chosen: dict, folder: Path) -> None:
-    """Raise ValueError if a flag asks for another value than the run in `folder` has."""
-    differing = config.for_this_run(cfg.replace(**chosen)).differences(cfg, tuple(chosen))
+def from_json(values, path: Path) -> TrainConfig:
+    """The config in the JSON file at `path`, whose content is `values`. Raises ValueError that names the file."""
+    try:
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}, expected an object of fields")
+        return config.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path} is no config of a run: {error}") from error
+
+
+def resumed_config(cfg: TrainConfig, chosen: dict, folder: Path) -> TrainConfig:
+    """The config `cfg` of the run in `folder`, with the flags that may change: `epochs`, and where the images lie.
+
+    Raises ValueError if another flag asks for another value than the run has.
+    """
+    wanted = config.for_this_run(cfg.replace(**chosen))
+    differing = [text for text in wanted.contradictions(cfg) if text.split(":")[0] in chosen]
     if differing:
         raise ValueError(
             f"a resumed run keeps its config; your flags against {folder}: {'; '.join(differing)}. Leave these flags out"
         )
+    return cfg.replace(**{name: getattr(wanted, name) for name in ("epochs", "dataset") if name in chosen})
 
 
 def load(cfg: TrainConfig, device) -> tuple[data.ImageSet, data.ImageSet]:
@@ -149,29 +181,62 @@ def load(cfg: TrainConfig, device) -> tuple[data.ImageSet, data.ImageSet]:
     return train_set, test_set
 
 
-def begin(cfg: TrainConfig, folder: Path, train_set: data.ImageSet, device, resume: bool) -> training.TrainState:
-    """The state at the first step or, to resume, at the last checkpoint; config.json is written if network and images fit."""
+@contextlib.contextmanager
+def claim(folder: Path, resume: bool):
+    """Inside, no other process writes to `folder`. Raises ValueError if one does, or if a run is there and `resume` is False."""
+    with checkpoints.claim(folder):
+        if not resume:
+            refuse_taken(folder)  # another run may have ended there since this one looked
+        yield
+
+
+def build(cfg: TrainConfig, train_set: data.ImageSet, device) -> training.TrainState:
+    """The state before the first step. Raises ValueError if network and images do not fit."""
     runtime.seed_everything(cfg.seed)
     state = training.TrainState(cfg, pretrained.build(cfg), device)
     with torch.no_grad():  # a picture of the wrong size or colour is told before anything is written
         x = torch.zeros(1, *train_set.images.shape[1:], device=device)
         y = torch.zeros(1, dtype=torch.long, device=device) if cfg.num_classes else None
         state.ema.model(x, torch.zeros(1, dtype=torch.long, device=device), y)
+    return state
+
+
+def begin(state: training.TrainState, folder: Path, train_set: data.ImageSet, resume: bool) -> None:
+    """Put `state` where the run in `folder` was, if it is resumed; write config.json; say what is going to happen.
+
+    Raises ValueError if the run has made more steps than its config, or the flag --epochs, asks for.
+    """
+    cfg = state.cfg
     if resume and (folder / "last.pt").is_file():
         checkpoints.load(folder / "last.pt", state)
+        facts = training.describe_data(train_set.images, train_set.labels if cfg.num_classes else None)
+        distributed.agree(step=state.step, **facts)
+        training.check_same_data(state, facts)
+    total, made = cfg.steps(len(train_set)), state.step
+    if made > total:
+        passes = made * cfg.batch_size / len(train_set)
+        raise ValueError(
+            f"epochs={cfg.epochs:g} is {total:,} steps, and this run has made {made:,}: give more than {passes:.3g}"
+        )
     if distributed.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / ".config.json.part"
         temporary.write_text(json.dumps(cfg.to_dict(), indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder / "config.json")
     size = sum(weights.numel() for weights in state.model.parameters())
-    where = runtime.hardware(device) + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
+    where = runtime.hardware(state.device) + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
     print(
-        f"train: {cfg.model}, {size:,} parameters, {cfg.steps(len(train_set)):,} steps of {cfg.batch_size} images, {where}"
+        f"train: {cfg.model}, {size:,} parameters, {total:,} steps of {cfg.batch_size} images "
+        f"({cfg.epochs:.3g} passes over {len(train_set):,} images), {where}"
     )
-    if state.step:
-        print(f"train: goes on from step {state.step:,}")
-    return state
+    if total < FEW_STEPS and not runtime.is_fast():
+        enough = math.ceil(DEFAULT_STEPS * cfg.batch_size / len(train_set))
+        print(f"train: {total:,} steps are few for a network to learn from; --epochs {enough} makes {DEFAULT_STEPS:,}")
+    if made == total:
+        print(
+            f"train: all {total:,} steps are made; to make the run longer, add --epochs N with N above {cfg.epochs:g}"
+        )
+    elif made:
+        print(f"train: goes on from step {made:,}")
 
 
 def run_loop(state: training.TrainState, folder: Path, images, held_out, labels, writer=None) -> None:
@@ -213,8 +278,8 @@ def run_loop(state: training.TrainState, folder: Path, images, held_out, labels,
 def write_rows(fresh: list[training.StepRecord], log: LossLog, board) -> None:
     """Log the records in `fresh` and forget them."""
     log.add(fresh)
-    for r in fresh if board else ():
-        values = {"loss": r.loss, "lr": r.lr, "images_per_second": r.images_per_second, "held_out": r.held_out}
+    for r, loss in zip(fresh, training.losses(fresh), strict=True) if board else ():
+        values = {"loss": loss, "lr": r.lr, "images_per_second": r.images_per_second, "held_out": r.held_out}
         for name, value in values.items():
             if value is not None:
                 board.add_scalar(name, value, r.step)
@@ -231,7 +296,7 @@ def save_elsewhere(state: training.TrainState, folder: Path, error: checkpoints.
         ) from error
     raise checkpoints.NotSaved(
         f"{folder} does not take the run's state at step {state.step} ({error}). It is saved as {path}: "
-        f"copy it to {folder / 'last.pt'}, then --resume goes on exactly"
+        f"copy it to {folder / 'last.pt'}; then, to go on: {resume_command(folder)}"
     ) from error
 
 

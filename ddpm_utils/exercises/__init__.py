@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -33,6 +35,12 @@ def unanswered(words: str = "not answered yet: put your answer in the place of N
 def is_number(guess) -> bool:
     """Whether a reader's guess is a finite number; True and False are none."""
     return not isinstance(guess, bool) and isinstance(guess, int | float) and math.isfinite(guess)
+
+
+def float64(value) -> torch.Tensor:
+    """A number, list or tensor as float64 on the CPU, since Apple's GPUs know no float64."""
+    value = value.detach().cpu() if isinstance(value, torch.Tensor) else value
+    return torch.as_tensor(value, dtype=torch.float64)
 
 
 def attempt(answer, *arguments):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import Verdict, attempt, is_number, right, unanswered, wrong
+from . import Verdict, attempt, float64, is_number, right, unanswered, wrong
 
 
 def check_crossing(guess, schedule) -> Verdict:
@@ -36,7 +36,7 @@ def check_even_betas(answer, timesteps: int, last_std: float) -> Verdict:
     betas, problem = attempt(answer, timesteps, last_std)
     if problem:
         return problem
-    betas = torch.as_tensor(betas, dtype=torch.float64).cpu()
+    betas = float64(betas)
     if betas.shape == (timesteps - 1,):
         return wrong("one beta is missing: before the first step alpha_bar is 1, put that 1 in front and then divide")
     if betas.shape != (timesteps,):
@@ -65,8 +65,7 @@ def check_even_betas(answer, timesteps: int, last_std: float) -> Verdict:
 
 def check_jump(answer, schedule) -> Verdict:
     """Does answer(alpha_bars, s, t) return the factor and the variance of q(x_t | x_s), s < t?"""
-    alpha_bars = schedule.alpha_bars.double().cpu()
-    alphas = schedule.alphas.double().cpu()
+    alpha_bars, alphas = float64(schedule.alpha_bars), float64(schedule.alphas)
     steps = len(schedule)
     for s, t in ((steps // 10, steps // 4), (steps // 4, steps // 2)):
         got, problem = attempt(answer, alpha_bars, s, t)

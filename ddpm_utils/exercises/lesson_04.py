@@ -2,7 +2,7 @@
 
 import torch
 
-from . import Verdict, attempt, right, unanswered, wrong
+from . import Verdict, attempt, float64, right, unanswered, wrong
 
 
 def check_share_of_start(guess) -> Verdict:
@@ -67,7 +67,7 @@ def check_loss_of_zero(answer) -> Verdict:
     value, problem = attempt(answer, alpha_bar, power)
     if problem:
         return problem
-    value = torch.as_tensor(value, dtype=torch.float64).expand(11)
+    value = float64(value).expand(11)
 
     def near(other):
         return torch.allclose(value, other, rtol=1e-6, atol=1e-9)

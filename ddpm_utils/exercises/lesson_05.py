@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import Verdict, attempt, is_number, right, unanswered, wrong
+from . import Verdict, attempt, float64, is_number, right, unanswered, wrong
 
 
 def check_last_noise(guess) -> Verdict:
@@ -38,7 +38,7 @@ def check_log_mix(answer) -> Verdict:
     got, problem = attempt(answer, beta, beta_tilde, 0.25)
     if problem:
         return problem
-    got = torch.as_tensor(got, dtype=torch.float64)
+    got = float64(got)
     if got.shape != beta.shape:
         return wrong(
             f"the variances have shape {tuple(beta.shape)}, your answer has {tuple(got.shape)}: keep the shape."
@@ -77,7 +77,7 @@ def check_v_mean(answer) -> Verdict:
         return problem
     if not isinstance(got, tuple | list) or len(got) != 2:
         return wrong("two coefficients are wanted: return a, b, where the mean is a·x_t − b·v.")
-    a, b = (torch.as_tensor(value, dtype=torch.float64) for value in got)
+    a, b = (float64(value) for value in got)
     true_a, true_b = alpha.sqrt(), before.sqrt() * beta / (1 - now).sqrt()
 
     def same(value, target):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import Verdict, attempt, is_number, right, unanswered, wrong
+from . import Verdict, attempt, float64, is_number, right, unanswered, wrong
 
 
 def check_half_way(guess) -> Verdict:
@@ -68,7 +68,7 @@ def check_coefficients(answer) -> Verdict:
         return problem
     if not isinstance(got, tuple | list) or len(got) != 2:
         return wrong("two coefficients are wanted: return a, b, where x_s = a·x_t + b·ε.")
-    a, b = (torch.as_tensor(value, dtype=torch.float64).expand_as(now) for value in got)
+    a, b = (float64(value).expand_as(now) for value in got)
     true_a = (then / now).sqrt()
     true_b = (1 - then).sqrt() - true_a * (1 - now).sqrt()
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import Verdict, attempt, is_number, right, unanswered, wrong
+from . import Verdict, attempt, float64, is_number, right, unanswered, wrong
 
 
 def check_convention(guess) -> Verdict:
@@ -59,7 +59,7 @@ def check_log_odds(answer) -> Verdict:
     got, problem = attempt(answer, x, m, s2)
     if problem:
         return problem
-    got = torch.as_tensor(got, dtype=torch.float64)
+    got = float64(got)
     if got.shape != x.shape:
         return wrong(f"one value for each x is wanted, shape {tuple(x.shape)}; yours has {tuple(got.shape)}.")
     plus, minus = (torch.distributions.Normal(mean, s2**0.5).log_prob(x) for mean in (m, -m))

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import Verdict, attempt, is_number, right, unanswered, wrong
+from . import Verdict, attempt, float64, is_number, right, unanswered, wrong
 
 
 def check_lead(guess) -> Verdict:
@@ -44,7 +44,7 @@ def check_score(answer) -> Verdict:
     got, problem = attempt(answer, x_t, x0_hat, a)
     if problem:
         return problem
-    got = torch.as_tensor(got, dtype=torch.float64)
+    got = float64(got)
     if got.shape != truth.shape:
         return wrong(f"the score has the shape of x_t, {tuple(truth.shape)}; yours has {tuple(got.shape)}.")
 
@@ -71,7 +71,7 @@ def check_factor(answer) -> Verdict:
     got, problem = attempt(answer, now, then, value)
     if problem:
         return problem
-    got = torch.as_tensor(got, dtype=torch.float64).expand_as(now)
+    got = float64(got).expand_as(now)
     before, after = now * value + 1 - now, then * value + 1 - then
     truth = ((now * then).sqrt() * value + ((1 - now) * (1 - then)).sqrt()) / before
 

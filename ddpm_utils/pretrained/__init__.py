@@ -31,7 +31,10 @@ def card(name: str) -> dict:
     if not path.is_file():
         there = [*names(), *(CLASSIFIER + dataset for dataset in classifier_names())]
         raise FileNotFoundError(f"no pretrained weights {name!r}: there are {', '.join(there) or 'none'}")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged ({error}): take it from the repository again") from error
 
 
 def build(cfg: TrainConfig) -> torch.nn.Module:
@@ -46,7 +49,7 @@ def load(name: str, device="cpu") -> tuple[torch.nn.Module, TrainConfig]:
     cfg = from_dict(card(name)["config"])
     model = build(cfg)
     _read_weights(name, model)
-    return model.to(device, memory_format=torch.channels_last).eval(), cfg
+    return runtime.place(model, device).eval(), cfg
 
 
 def _read_weights(name: str, model: torch.nn.Module) -> None:
@@ -89,7 +92,7 @@ def obtain(cfg: TrainConfig, device="cpu", seconds: float = 60.0) -> torch.nn.Mo
             continue
         model.load_state_dict(payload["ema"])
         print(f"weights: your own, from {runtime.short_path(path)}, {payload['step']:,} steps")
-        return model.to(device, memory_format=torch.channels_last).eval()
+        return runtime.place(model, device).eval()
     name = matching(cfg)
     if name is not None:
         made = card(name)
@@ -109,7 +112,7 @@ def load_classifier(dataset: str = "fashion_mnist", device="cpu") -> Classifier:
     card(CLASSIFIER + dataset)
     model = Classifier()
     _read_weights(CLASSIFIER + dataset, model)
-    return model.to(device, memory_format=torch.channels_last).eval()
+    return runtime.place(model, device).eval()
 
 
 def obtain_classifier(train_set: data.ImageSet, device="cpu") -> Classifier:
@@ -133,8 +136,9 @@ def _train_briefly(cfg: TrainConfig, model: torch.nn.Module, device, seconds: fl
     """Measure the speed over a few steps, then train as many as fit into `seconds`, with the learning rate falling to its end."""
     train_set = data.load_images(cfg.dataset, image_size=cfg.image_size, pad=cfg.pad)
     images, labels = train_set.images, train_set.labels if cfg.num_classes else None
-    few = cfg.replace(epochs=5 * cfg.batch_size / len(images))
-    for record in training.train(training.TrainState(few, copy.deepcopy(model), device), images, labels=labels):  # noqa: B007
+    few = training.TrainState(cfg.replace(epochs=6 * cfg.batch_size / len(images)), copy.deepcopy(model), device)
+    next(training.train(few, images, labels=labels))  # the first step of a GPU also loads and chooses its kernels
+    for record in training.train(few, images, labels=labels):  # noqa: B007
         pass
     seen = min(record.images_per_second * seconds, cfg.epochs * len(images))
     state = training.TrainState(cfg.replace(epochs=max(1e-6, seen / len(images))), model, device)
