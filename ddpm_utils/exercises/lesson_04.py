@@ -43,7 +43,7 @@ def check_v_from_eps(answer) -> Verdict:
         return wrong(f"the result has shape {tuple(value.shape)}, expected that of x_t, {tuple(x_t.shape)}")
 
     def near(other):
-        return torch.allclose(value.double(), other, rtol=1e-5, atol=1e-6)
+        return torch.allclose(float64(value), other, rtol=1e-5, atol=1e-6)
 
     if near(v):
         return right("v = (eps − √(1 − ᾱ)·x_t) / √ᾱ agrees with its definition at every noise level")
