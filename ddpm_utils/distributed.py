@@ -114,7 +114,7 @@ def gather(loss: Tensor, stopped: bool) -> tuple[Tensor, Tensor | bool]:
 
 @contextlib.contextmanager
 def lost_worker(message):
-    """Turn what Gloo or NCCL say when another process has gone into a WorkerLost with the text `message()`."""
+    """Turn what Gloo says when another process has gone into a WorkerLost with the text `message()`; so with NCCL, if it says so."""
     try:
         yield
     except RuntimeError as error:

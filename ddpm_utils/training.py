@@ -185,10 +185,10 @@ def train(state: TrainState, images: Tensor, held_out: Tensor | None = None, fol
     measures and writes. Leave the loop early with `state.stopped = True`, which reaches the others: after `break` they wait.
 
     A save that fails is a warning, and is tried again at the next point. Raises NotSaved at once if `folder` cannot be
-    written to, and after the last step if its save failed; ValueError on images that are not uint8, are empty, or differ in
-    number or size from those of the run's first steps, on labels that do not go with them, and on processes that do not agree;
+    written to, and after the last step if its save failed; ValueError on images that are not uint8, are empty, or are
+    not those of the run's first steps, on labels that do not go with them, and on processes that do not agree;
     TrainingDiverged when the loss is not finite or beyond `EXPLODED` (on a GPU up to `READ_EVERY` steps later);
-    distributed.WorkerLost when another process dies.
+    distributed.WorkerLost when another process dies (over Gloo; NCCL may wait for its timeout instead).
     """
     cfg, mine = state.cfg, distributed.share(state.cfg.batch_size)
     streamed = not isinstance(images, Tensor)

@@ -39,11 +39,12 @@ def check_v_from_eps(answer) -> Verdict:
     value, problem = attempt(answer, x_t, alpha_bar, eps)
     if problem:
         return problem
+    value = float64(value)
     if tuple(value.shape) != (64,):
         return wrong(f"the result has shape {tuple(value.shape)}, expected that of x_t, {tuple(x_t.shape)}")
 
     def near(other):
-        return torch.allclose(float64(value), other, rtol=1e-5, atol=1e-6)
+        return torch.allclose(value, other, rtol=1e-5, atol=1e-6)
 
     if near(v):
         return right("v = (eps − √(1 − ᾱ)·x_t) / √ᾱ agrees with its definition at every noise level")
