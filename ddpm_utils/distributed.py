@@ -114,7 +114,7 @@ def gather(loss: Tensor, stopped: bool) -> tuple[Tensor, Tensor | bool]:
 
 @contextlib.contextmanager
 def lost_worker(message):
-    """Turn what Gloo says when another process has gone into a WorkerLost with the text `message()`; so with NCCL, if it says so."""
+    """Turn what Gloo, or NCCL if it says so, reports of a lost process into a WorkerLost with the text `message()`."""
     try:
         yield
     except RuntimeError as error:
