@@ -60,8 +60,11 @@ pretrained: $(VENV)/run
 doctor: $(VENV)/run
 	$(BIN)/python -m ddpm_utils doctor
 
+# Through the environment and as it was typed, so that neither make nor the shell runs what stands in it.
+override REPO := $(value REPO)
+export REPO
 address: $(VENV)/run
-	$(BIN)/python tools/lessons.py address $(REPO)
+	@$(BIN)/python tools/lessons.py address -- "$$REPO"
 
 clean:
 	rm -rf $(VENV) outputs checkpoints

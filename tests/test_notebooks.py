@@ -1,7 +1,9 @@
 """The lessons as published, and as `make test` has just executed them in fast mode."""
 
+import base64
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -20,6 +22,8 @@ from lesson_files import (
     text_of,
     tool,
 )
+
+from ddpm_utils import plots
 
 LESSONS = lesson_names()
 every_lesson = pytest.mark.parametrize("lesson", LESSONS)
@@ -93,16 +97,51 @@ def test_pictures_have_words(lesson):
 
 
 @every_lesson
-def test_static_export_shows_every_picture(lesson):
-    """What nbconvert writes, and so what GitHub shows, holds each picture, the GIFs among them, byte for byte."""
-    from nbconvert import HTMLExporter
+def test_static_page_shows_every_picture_with_its_words(lesson):
+    """Our page holds each output's bytes, the GIFs among them, with its alternative text and its width."""
+    from bs4 import BeautifulSoup
 
     notebook = read_lesson(lesson)
-    page = HTMLExporter(embed_images=False).from_notebook_node(notebook)[0]
-    for output in outputs_of(notebook):
-        data = output.get("data", {}).get("image/png")
-        if data:
-            assert data.strip()[:200] in page and data.strip()[-200:] in page.replace("\n", "")
+    page = BeautifulSoup(tool.page_of(notebook), "html.parser")
+    images = [image for image in page.select("img") if image["src"].startswith("data:image/png;base64,")]
+    shown = [output for output in outputs_of(notebook) if "image/png" in output.get("data", {})]
+    assert len(images) == len(shown) >= 4
+    for image, output in zip(images, shown, strict=True):
+        assert base64.b64decode(image["src"].split(",", 1)[1]) == base64.b64decode(output.data["image/png"])
+        assert image["alt"] == output.metadata["image/png"]["alt"]
+        assert image.get("width") == (str(output.metadata["image/png"].get("width", "")) or None)
+    assert all(image["alt"].strip() for image in page.select("img"))
+    assert not [link["href"] for link in page.select("a[href]") if re.match(r"\d\d_\w+\.ipynb", link["href"])]
+
+
+@pytest.mark.parametrize("alt", ['"quoted" <b>', "a < b & c > d", "x̂₀ of α", "first\nsecond", "it's <img src=x>"])
+def test_static_page_keeps_the_words_as_they_are(alt):
+    from bs4 import BeautifulSoup
+
+    data, metadata = plots.Picture(b"\x89PNG", alt)._repr_mimebundle_()
+    output = nbformat.v4.new_output("display_data", data, metadata=metadata)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[output])])
+    (image,) = BeautifulSoup(tool.page_of(notebook), "html.parser").select("img")
+    assert image["alt"] == alt
+
+
+def test_export_brings_the_images_that_pages_link_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "lessons", lambda: [tool.NOTEBOOKS / f"{LESSONS[0]}.ipynb"])
+    tool.export(tmp_path / "new")
+    assert (tmp_path / "new" / f"{LESSONS[0]}.html").stat().st_size > 100_000
+    assert {path.name for path in (tmp_path / "new" / "assets").iterdir()} >= set(tool.ASSETS)
+
+
+@every_lesson
+def test_script_export_is_a_python_file(lesson):
+    from nbconvert import ScriptExporter
+
+    notebook = read_lesson(lesson)
+    script, resources = ScriptExporter().from_notebook_node(notebook)
+    assert resources["output_extension"] == ".py"
+    compile(script, lesson, "exec")
+    tool.clean(notebook)  # a render keeps it so
+    assert notebook.metadata.language_info == tool.LANGUAGE == read_lesson(lesson).metadata.language_info
 
 
 @every_lesson
@@ -137,42 +176,226 @@ def test_executed_copy(lesson):
         assert any(picture[:6] == b"GIF89a" for picture in pictures_of(notebook))
 
 
-def test_setup_cell_clones_where_there_is_nothing(tmp_path):
-    """From an empty folder, the address overridden to a local repository, run twice; then the package can be imported."""
+# The setup cell, executed in folders of every kind. No case may reach the network.
+
+SETUP = code_cells(read_lesson(LESSONS[0]))[0].source
+NEVER = "https://github.com/nobody/never-made-this"
+OFFLINE = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "no_proxy": ""}
+
+
+def run_setup(folder, address=NEVER, before="", after="", **env):
+    """Run the setup cell in `folder` as IPython would; `before` and `after` are lines around it. Returns the process."""
+    script = folder / "cell.ipy"
+    setup = SETUP.replace(tool.repository(), address)
+    script.write_text(f"{before}\n{setup}\n{after}\n", encoding="utf-8")
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | OFFLINE | env
+    command = [sys.executable, "-m", "IPython", "--colors=NoColor", "--no-banner", script.name]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+
+
+def namesake(folder, kind):
+    """Something else called ddpm_utils in `folder`."""
+    if kind == "file":
+        (folder / "ddpm_utils.py").write_text("x = 1\n")
+    else:
+        (folder / "ddpm_utils").mkdir()
+    if kind == "package":
+        (folder / "ddpm_utils" / "__init__.py").write_text("x = 1\n")
+
+
+every_namesake = pytest.mark.parametrize("kind", ["package", "folder without __init__", "file"])
+
+
+def origin_of(tmp_path):
+    """The address of a local repository that holds a package like ours."""
     origin = tmp_path / "origin" / "ddpm-from-scratch"
-    origin.mkdir(parents=True)
-    (origin / "ddpm_utils").mkdir()
+    (origin / "ddpm_utils" / "exercises").mkdir(parents=True)
     (origin / "ddpm_utils" / "__init__.py").write_text("marker = 'cloned'\n")
+    (origin / "ddpm_utils" / "exercises" / "lesson_01.py").write_text("")
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(origin)]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", "-A"], check=True)
     subprocess.run([*git, "commit", "-qm", "x"], check=True)
-    setup = code_cells(read_lesson(LESSONS[0]))[0].source.replace(tool.repository(), origin.as_uri())
-    assert origin.as_uri() in setup
+    return origin.as_uri()
+
+
+def test_setup_cell_is_short():
+    lines = SETUP.splitlines()
+    assert len(lines) <= 35 and max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("beside", [None, "package", "folder without __init__", "file"])
+def test_setup_cell_clones_where_there_is_nothing(tmp_path, beside):
+    """Run twice, with and without a namesake beside the notebook; then our package is the one imported."""
     empty = tmp_path / "empty"
     empty.mkdir()
-    program = setup + "\n" + setup + "\nimport ddpm_utils\nassert ddpm_utils.marker == 'cloned'\n"
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", program], cwd=empty, check=True, env=env)
+    if beside:
+        namesake(empty, beside)
+    address = origin_of(tmp_path)
+    again = SETUP.replace(tool.repository(), address)
+    done = run_setup(empty, address, after=f"{again}\nimport ddpm_utils\nprint(ddpm_utils.marker, len(sys.path))")
+    assert done.stdout.startswith("cloned "), done.stdout + done.stderr
     assert (empty / "ddpm-from-scratch").is_dir()
 
 
-def test_one_command_changes_the_address(tmp_path, monkeypatch):
-    import shutil
+@every_namesake
+def test_setup_cell_passes_a_namesake_beside_the_notebook(tmp_path, kind):
+    (tmp_path / "notebooks").mkdir()
+    namesake(tmp_path / "notebooks", kind)
+    (tmp_path / "ddpm_utils").symlink_to(ROOT / "ddpm_utils")
+    done = run_setup(tmp_path / "notebooks", after="from ddpm_utils import config\nprint(config.DATASETS)")
+    assert "fashion_mnist" in done.stdout, done.stdout + done.stderr
 
-    for name in ("pyproject.toml", "README.md"):
+
+def test_setup_cell_takes_an_installed_package_and_passes_an_installed_namesake(tmp_path):
+    (tmp_path / "here").mkdir()
+    ours = "from ddpm_utils import config\nprint(config.DATASETS)"
+    assert "fashion_mnist" in run_setup(tmp_path / "here", after=ours, PYTHONPATH=str(ROOT)).stdout
+    namesake(tmp_path, "package")
+    done = run_setup(tmp_path / "here", after=ours, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert "git failed" in done.stdout  # a namesake is no reason to go on without ours
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        (NEVER, r"git failed \(fatal: .*https://github.com/nobody/never-made-this.*\): check the network, or clone"),
+        (
+            "https://github.com/OWNER/ddpm-from-scratch",
+            "this copy's address is a placeholder: .*make address",
+        ),
+    ],
+)
+@pytest.mark.parametrize("beside", [None, "package", "folder without __init__", "file"])
+def test_setup_cell_says_in_one_line_what_to_do(tmp_path, address, words, beside):
+    if beside:
+        namesake(tmp_path, beside)
+    done = run_setup(tmp_path, address)
+    assert re.fullmatch(rf"Setup: {words}.*\n", done.stdout + done.stderr), done.stdout + done.stderr
+
+
+def test_setup_cell_without_git(tmp_path):
+    done = run_setup(tmp_path, PATH=str(tmp_path))
+    assert re.fullmatch(r"Setup: git is not installed: install it, or clone or download .*\n", done.stdout)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_setup_cell_meets_something_else_where_the_clone_would_go(tmp_path, kind):
+    target = tmp_path / NEVER.rsplit("/", 1)[-1]
+    target.write_text("x") if kind == "file" else (target / "sub").mkdir(parents=True)
+    done = run_setup(tmp_path)
+    assert re.fullmatch(r"Setup: \S*never-made-this is something else: rename it .*\n", done.stdout), done.stdout
+
+
+@every_namesake
+def test_setup_cell_after_the_import_of_a_namesake(tmp_path, kind):
+    namesake(tmp_path, kind)
+    done = run_setup(tmp_path, before="import ddpm_utils")
+    assert re.fullmatch(r"Setup: another ddpm_utils is already imported: restart the kernel .*\n", done.stdout)
+
+
+# The address.
+
+
+@pytest.fixture
+def copy_of_the_texts(tmp_path, monkeypatch):
+    """What the address stands in, copied; `tool` works on the copy."""
+    for name in ("pyproject.toml", "README.md", "Makefile"):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(tool.NOTEBOOKS, tmp_path / "notebooks")
     monkeypatch.setattr(tool, "ROOT", tmp_path)
     monkeypatch.setattr(tool, "NOTEBOOKS", tmp_path / "notebooks")
-    old = tool.repository().removeprefix("https://github.com/")
-    tool.change_address("https://github.com/someone/else")
-    assert tool.repository() == "https://github.com/someone/else"
-    for path in [tmp_path / "README.md", *tool.lessons()]:
+    return tmp_path
+
+
+def bytes_below(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("new", ["a/b", "someone/else", "p/n.g", "x/ddpm-from-scratch", "OWNER/d"])
+def test_one_command_changes_the_address_there_and_back(copy_of_the_texts, new):
+    old, before = tool.repository(), bytes_below(copy_of_the_texts)
+    outputs = {name: outputs_of(read_lesson(name, tool.NOTEBOOKS)) for name in LESSONS}
+    tool.change_address(f"https://github.com/{new}")
+    assert tool.repository() == f"https://github.com/{new}"
+    for path in [copy_of_the_texts / "README.md", *tool.lessons()]:
         text = path.read_text(encoding="utf-8")
-        assert old not in text and "someone/else" in text
-    with pytest.raises(SystemExit, match="no address"):
-        tool.change_address("someone/else")
+        assert old.removeprefix("https://github.com/") not in text.replace(new, "")
+        assert f"https://colab.research.google.com/github/{new}/blob/main/notebooks/" in text
+    for name in LESSONS:
+        changed = read_lesson(name, tool.NOTEBOOKS)
+        assert f'REPOSITORY = "https://github.com/{new}"\n' in code_cells(changed)[0].source
+        assert outputs_of(changed) == outputs[name]
+    tool.change_address(old)
+    assert bytes_below(copy_of_the_texts) == before
+
+
+def test_only_whole_addresses_change():
+    text = (
+        "https://github.com/a/b, https://github.com/a/b.git and (https://github.com/a/b/issues). https://github.com/a/b. "
+        "https://raw.githubusercontent.com/a/b/main/x.gif "
+        "https://github.com/a/b-2 https://github.com/a/b.io https://github.com/aa/b https://example.com/a/b a/b +a/b="
+    )
+    assert tool.with_address(text, "a/b", "c/d") == (
+        "https://github.com/c/d, https://github.com/c/d.git and (https://github.com/c/d/issues). https://github.com/c/d. "
+        "https://raw.githubusercontent.com/c/d/main/x.gif "
+        "https://github.com/a/b-2 https://github.com/a/b.io https://github.com/aa/b https://example.com/a/b a/b +a/b="
+    )
+
+
+def test_a_lesson_that_came_with_another_address_gets_the_new_one_too(copy_of_the_texts):
+    """After a merge: pyproject.toml has the new address already, one lesson has the old one."""
+    stranger = tool.NOTEBOOKS / f"{LESSONS[0]}.ipynb"
+    placeholder = stranger.read_bytes()
+    tool.change_address("https://github.com/someone/else")
+    renamed = stranger.read_bytes()
+    stranger.write_bytes(placeholder)
+    tool.change_address("https://github.com/someone/else")
+    assert stranger.read_bytes() == renamed != placeholder
+
+
+@pytest.mark.parametrize(
+    "typed", ["https://github.com/a/b/", "https://github.com/a/b.git", " https://github.com/a/b\n"]
+)
+def test_an_address_as_people_paste_it(copy_of_the_texts, typed):
+    tool.change_address(typed)
+    assert tool.repository() == "https://github.com/a/b"
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["", "a/b", "http://github.com/a/b", "https://github.com/a", "https://github.com/a/b/c", "https://github.com/a/..",
+     "https://github.com/a/b c", "https://gitlab.com/a/b", "git@github.com:a/b.git", 'https://github.com/a/b"',
+     "https://github.com/a/b;x", "https://github.com/hojonathanho/diffusion"],
+)  # fmt: skip
+def test_what_is_no_address_of_ours_changes_nothing(copy_of_the_texts, typed):
+    before = bytes_below(copy_of_the_texts)
+    with pytest.raises(SystemExit, match="make address REPO=https://github.com/you/name|your own repository") as error:
+        tool.change_address(typed)
+    assert "\n" not in str(error.value) and bytes_below(copy_of_the_texts) == before
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize("how", ["argument", "environment"])
+@pytest.mark.parametrize(
+    "typed",
+    ["x; touch made", "$(shell touch made)", "$$(touch made)", "$(touch made)", "`touch made`", "x' ; touch made; '",
+     'x" ; touch made; "', "x\ntouch made", "x & touch made", "${shell touch made}", "--help", ""],
+)  # fmt: skip
+def test_make_runs_nothing_that_stands_in_the_address(copy_of_the_texts, typed, how):
+    (copy_of_the_texts / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "lessons.py", copy_of_the_texts / "tools")
+    (copy_of_the_texts / ".venv" / "bin").mkdir(parents=True)
+    python = copy_of_the_texts / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -B "$@"\n')
+    python.chmod(0o755)
+    before = bytes_below(copy_of_the_texts)
+    command = ["make", "-o", ".venv/run", "address", *([f"REPO={typed}"] if how == "argument" else [])]
+    env = os.environ | ({"REPO": typed} if how == "environment" else {})
+    env = {name: value for name, value in env.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    done = subprocess.run(command, cwd=copy_of_the_texts, env=env, capture_output=True, text=True)
+    assert "is not the address of a GitHub repository" in done.stderr, done.stderr
+    assert done.returncode and bytes_below(copy_of_the_texts) == before
 
 
 # What readers change. Each line is one lesson executed whole, in fast mode, with other values in its config cell.
@@ -244,8 +467,6 @@ def test_all_cells_twice_in_one_kernel(lesson, tmp_path):
 @every_lesson
 def test_without_any_data(lesson, tmp_path):
     """From a copy elsewhere with no data folder and no network that answers: every lesson runs on the digits."""
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(ROOT / "ddpm_utils", copy / "ddpm_utils", ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "somewhere").mkdir()

@@ -1,8 +1,9 @@
-"""Execute, render and copy the lessons, and change the repository's address in them.
+"""Execute, render, copy and export the lessons, and change the repository's address in them.
 
 python tools/lessons.py run [NN …]       lessons 01–05 or those named, executed into outputs/lessons/; --all: the whole series
 python tools/lessons.py render [NN …]    execute at full size into notebooks/ itself
 python tools/lessons.py copy FOLDER      unexecuted copies with every folded solution put in after its exercise
+python tools/lessons.py html FOLDER      static pages, on which every image has its alternative text
 python tools/lessons.py address URL      put another repository's address into pyproject.toml, README and lessons
 """
 
@@ -23,6 +24,32 @@ NOTEBOOKS = ROOT / "notebooks"
 ASSETS = {"from_noise.gif": "lesson_05/first.gif"}  # what README shows, and which picture of a rendered lesson it is
 FIRST = ("01", "02", "03", "04", "05")  # what `run` executes unless told otherwise: a quarter of an hour on two cores
 SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>.*?```python\n(.*?)```", re.DOTALL)
+
+# What the script and HTML exporters of nbconvert read. No version: it would change with every render.
+LANGUAGE = {
+    "name": "python",
+    "file_extension": ".py",
+    "mimetype": "text/x-python",
+    "nbconvert_exporter": "python",
+    "pygments_lexer": "ipython3",
+}
+
+# nbconvert's own `lab` template ignores the alternative text that an output carries in its metadata.
+PAGE = """
+{%- extends "lab/index.html.j2" -%}
+{%- block data_png -%}
+{%- set alt = output | get_metadata("alt", "image/png") -%}
+{{ super() | replace("<img ", '<img alt="' ~ alt | escape_html ~ '" ' if alt else "<img ", 1) }}
+{%- endblock data_png -%}
+"""
+
+# An address of the repository is one of these with OWNER/NAME behind it.
+HOSTS = (
+    "https://github.com/",
+    "https://colab.research.google.com/github/",
+    "https://raw.githubusercontent.com/",
+)
+SETUP_ADDRESS = re.compile(r'(?m)^REPOSITORY = "https://github\.com/(.+)"$')
 
 
 def lessons(wanted=()) -> list[Path]:
@@ -61,7 +88,7 @@ def execute(notebook, folder: Path, env: dict | None = None) -> float:
 def clean(notebook) -> None:
     """Leave in the metadata only what a reader needs."""
     notebook.metadata.pop("widgets", None)
-    notebook.metadata["language_info"] = {"name": "python"}
+    notebook.metadata["language_info"] = LANGUAGE
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({key: value for key, value in cell.metadata.items() if key == "tags"})
 
@@ -148,26 +175,81 @@ def copy(into: Path) -> None:
         nbformat.write(notebook, into / path.name)
 
 
+def page_of(notebook) -> str:
+    """A lesson as a static page: each image with its alternative text, links to lessons as links to their pages."""
+    from nbconvert import HTMLExporter
+
+    page, _ = HTMLExporter(raw_template=PAGE).from_notebook_node(notebook)
+    return re.sub(r'(href="\d\d_\w+)\.ipynb', r"\1.html", page)
+
+
+def export(into: Path) -> None:
+    """Write every lesson to `into` as a static page, with the images that it links to."""
+    into.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(NOTEBOOKS / "assets", into / "assets", dirs_exist_ok=True)
+    for path in lessons():
+        page = page_of(nbformat.read(path, as_version=4))
+        (into / f"{path.stem}.html").write_text(page, encoding="utf-8")
+
+
 def repository() -> str:
     """The repository's address, from pyproject.toml."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 
 
+def in_address(name: str) -> re.Pattern:
+    """Matches whole addresses of the repository `name` (OWNER/NAME), not those of NAME-2 or NAME.io."""
+    hosts = "|".join(map(re.escape, HOSTS))
+    return re.compile(rf"({hosts}){re.escape(name)}(?![\w-]|\.(?!git\b)\w)")
+
+
+def with_address(text: str, old: str, new: str) -> str:
+    """`text` with the repository `new` in place of `old` in every address.
+
+    Raises SystemExit if `text` links to `new` already: a later change could not tell the two apart.
+    """
+    if old != new and in_address(new).search(text):
+        sys.exit(f"https://github.com/{new} is cited as another project: give the address of your own repository")
+    return in_address(old).sub(lambda found: found[1] + new, text)
+
+
+def lesson_with_address(path: Path, old: str, new: str) -> str:
+    """The text of a lesson's file with another address in its setup and markdown cells; outputs stay as they are.
+
+    The setup cell says which address to replace: after a merge it may be another than `old`.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    setup = [found for cell in notebook.cells for found in SETUP_ADDRESS.findall(cell.source)]
+    old = setup[0] if setup else old
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_address(cell.source, old, new)
+        elif cell.cell_type == "code":
+            cell.source = SETUP_ADDRESS.sub(f'REPOSITORY = "https://github.com/{new}"', cell.source)
+    return nbformat.writes(notebook) + "\n"
+
+
 def change_address(url: str) -> None:
-    """Replace the address wherever it stands: owner and name are enough to find it in links, badges and setup cells."""
-    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", url):
-        sys.exit(f"{url!r} is no address of the form https://github.com/OWNER/NAME")
+    """Put `url` into pyproject.toml, README.md and the lessons. Raises SystemExit unless it is an address on GitHub."""
+    url = url.strip().removesuffix("/").removesuffix(".git")
+    if not re.fullmatch(r"https://github\.com/[A-Za-z0-9_-]+/(?!\.+$)[A-Za-z0-9_.-]+", url):
+        sys.exit(
+            f"REPO={url!r} is not the address of a GitHub repository: try make address REPO=https://github.com/you/name"
+        )
     old, new = (address.removeprefix("https://github.com/") for address in (repository(), url))
-    for path in [ROOT / "pyproject.toml", ROOT / "README.md", *lessons()]:
-        text = path.read_text(encoding="utf-8")
-        if old in text:
-            path.write_text(text.replace(old, new), encoding="utf-8")
-            print(f"{shown(path)}: {text.count(old)} places")
+    project, readme = ROOT / "pyproject.toml", ROOT / "README.md"
+    texts = {path: lesson_with_address(path, old, new) for path in lessons()}
+    texts[readme] = with_address(readme.read_text(encoding="utf-8"), old, new)
+    texts[project] = re.sub(r'(?m)^Repository = ".*"$', f'Repository = "{url}"', project.read_text(encoding="utf-8"))
+    for path, text in texts.items():  # only now, when every text is known to be fine
+        if text != path.read_text(encoding="utf-8"):
+            path.write_text(text, encoding="utf-8")
+            print(f"{shown(path)}: changed")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "render", "copy", "address"])
+    parser.add_argument("command", choices=["run", "render", "copy", "html", "address"])
     parser.add_argument("what", nargs="*", help="lesson numbers, a folder, or an address")
     parser.add_argument("--all", action="store_true", help="run: the whole series, not lessons 01–05 alone")
     asked = parser.parse_args()
@@ -183,5 +265,7 @@ if __name__ == "__main__":
         parser.error(f"{asked.command} takes one argument")
     elif asked.command == "copy":
         copy(Path(asked.what[0]))
+    elif asked.command == "html":
+        export(Path(asked.what[0]))
     else:
         change_address(asked.what[0])
