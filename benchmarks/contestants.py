@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddpm_utils import data, gallery, pretrained, runtime, sampling, training
 from ddpm_utils.config import PAPER, UNNAMED, TrainConfig, for_this_run, preset_for
-from ddpm_utils.diffusion import q_sample, training_target
+from ddpm_utils.diffusion import Denoiser, q_sample, training_target
 from ddpm_utils.schedules import make_schedule
 
 from .measure import package_precision, synchronise
@@ -111,6 +111,10 @@ class Training:
     def network(self) -> nn.Module:
         """The network to sample from: the averaged one where there is one."""
         return self.model if self.average is None else self.average
+
+    def denoiser(self) -> Denoiser:
+        """What the common samplers call."""
+        return Denoiser(self.network(), self.schedule, self.target)
 
     def own_sample(self, shape, rng: torch.Generator):
         """The states of the contestant's own sampler, or None if it brings none."""
@@ -236,9 +240,8 @@ class Article(Training):
         return torch.float32  # as published
 
     def own_sample(self, shape, rng: torch.Generator):
-        return sampling.ddpm_sample(
-            self.model, self.schedule, shape, "eps", variance="beta", clamp=False, generator=rng
-        )
+        denoise = Denoiser(self.model, self.schedule, "eps", clamp=False)
+        return sampling.ddpm_sample(denoise, self.schedule, shape, "beta", rng)
 
 
 class Diffusers(Training):

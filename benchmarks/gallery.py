@@ -23,9 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_utils import data, plots, pretrained, runtime, sampling, training
 from ddpm_utils.config import TrainConfig, for_this_run
-from ddpm_utils.diffusion import eval_mode, predict_eps, predict_x0
+from ddpm_utils.diffusion import Denoiser, eval_mode
 from ddpm_utils.recipes import RECIPES
-from ddpm_utils.schedules import NoiseSchedule
 
 from .contestants import Ours, Training, without
 from .measure import flops_per_image, machine, real_sets, synchronise
@@ -98,22 +97,17 @@ class Published(Training):
                 weights = list(self.model.parameters())
                 torch._foreach_lerp_(list(self.average.parameters()), weights, 1 - self.cfg.ema_decay)
 
-    def network(self) -> nn.Module:
-        """The network to sample from, which holds its guesses to the range that it was trained on."""
-        network = super().network()
-        return FromZero(network, self.schedule) if self.cfg.data_range == "unit" else network
+    def denoiser(self) -> Denoiser:
+        """It holds x0_hat in the range that the network was trained on."""
+        unit = self.cfg.data_range == "unit"
+        return FromZero(self.network(), self.schedule, "eps", clamp=False) if unit else super().denoiser()
 
 
-class FromZero(nn.Module):
-    """The answer ε of `network`, changed where the picture it implies leaves [0, 1]."""
-
-    def __init__(self, network: nn.Module, schedule: NoiseSchedule):
-        super().__init__()
-        self.network, self.schedule = network, schedule
+class FromZero(Denoiser):
+    """A denoiser for images in [0, 1]."""
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        x0_hat = predict_x0(self.schedule, x_t, t, self.network(x_t, t, y), "eps").clamp(0, 1)
-        return predict_eps(self.schedule, x_t, t, x0_hat)
+        return super().forward(x_t, t, y).clamp(0, 1)
 
 
 CONTESTANTS = {"ours": Ours} | {name: type(name.capitalize(), (Published,), {"member": name}) for name in RECIPES}
@@ -219,7 +213,7 @@ def draw_pictures(made: Training, n: int, side: int) -> Tensor:
         middle = torch.randn(*shape[:2], side, side, generator=rng, device=device)
         start[:, :, edge : edge + side, edge : edge + side] = middle
         steps = sampling.spaced_timesteps(made.schedule, runtime.shrink(CALLS, 5))
-        states = sampling.ddim_sample(made.network(), made.schedule, shape, steps, made.target, start=start)
+        states = sampling.ddim_sample(made.denoiser(), made.schedule, shape, steps, start=start)
         x = sampling.last(states)[:, :, edge : edge + side, edge : edge + side]
         parts.append(data.to_image_range(data.to_symmetric(x, made.cfg.data_range)).cpu())
     return torch.cat(parts)

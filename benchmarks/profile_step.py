@@ -161,11 +161,11 @@ def calls_per_second(contestant: Training, batch: int, calls: int) -> dict[str, 
             best = min(best, time.perf_counter() - began)
         return calls / best
 
-    target = contestant.target
+    denoise = contestant.denoiser()
     return {
         "network alone": rate(bare),
-        "ddim_sample": rate(lambda: sampling.ddim_sample(model, schedule, shape, calls + 2, target, generator=rng)),
-        "ddpm_sample": rate(lambda: sampling.ddpm_sample(model, schedule, shape, target, generator=rng)),
+        "ddim_sample": rate(lambda: sampling.ddim_sample(denoise, schedule, shape, calls + 2, generator=rng)),
+        "ddpm_sample": rate(lambda: sampling.ddpm_sample(denoise, schedule, shape, generator=rng)),
     }
 
 

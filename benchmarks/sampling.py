@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ddpm_utils import config, data, plots, pretrained, runtime, sampling
+from ddpm_utils.diffusion import Denoiser
 from ddpm_utils.schedules import make_schedule
 
 from .measure import machine, real_sets, synchronise
@@ -39,25 +40,26 @@ COLUMNS = ("name", "sampler", "spacing", "eta", "calls", "n", "distance", "floor
            "device", "machine", "threads", "torch", "data", "date", "command")  # fmt: skip
 
 
-def draw(model, schedule, shape, target: str, sampler: str, spacing: str, eta: float, calls: int, rng) -> Tensor:
-    """Pictures of `shape` in model range, x̂0 held in [−1, 1], from the noise that `rng` gives next."""
+def draw(denoise, schedule, shape, sampler: str, spacing: str, eta: float, calls: int, rng) -> Tensor:
+    """Images of `shape` in model range, from the noise that `rng` gives next."""
     if sampler == "ddpm":
-        return sampling.last(sampling.ddpm_sample(model, schedule, shape, target, generator=rng))
+        return sampling.last(sampling.ddpm_sample(denoise, schedule, shape, generator=rng))
     times = sampling.spaced_timesteps(schedule, calls, spacing)
     if sampler == "ddim":
-        return sampling.last(sampling.ddim_sample(model, schedule, shape, times, target, eta, generator=rng))
-    return sampling.last(sampling.dpm_solver_sample(model, schedule, shape, times, target, generator=rng))
+        return sampling.last(sampling.ddim_sample(denoise, schedule, shape, times, eta, rng))
+    return sampling.last(sampling.dpm_solver_sample(denoise, schedule, shape, times, rng))
 
 
 def measure(model, cfg, ruler: Ruler, n: int, device, sampler: str, spacing: str, eta: float, calls: int) -> dict:
     """Fréchet distance of n pictures, and the seconds it took to draw them."""
     schedule = make_schedule(**cfg.noise()).to(device)
+    denoise = Denoiser(model, schedule, cfg.target)
     rng, parts = torch.Generator(device).manual_seed(SEED), []
     synchronise(device)
     began = time.perf_counter()
     for first in range(0, n, BATCH):
         shape = (min(BATCH, n - first), cfg.channels, cfg.image_size, cfg.image_size)
-        parts.append(draw(model, schedule, shape, cfg.target, sampler, spacing, eta, calls, rng))
+        parts.append(draw(denoise, schedule, shape, sampler, spacing, eta, calls, rng))
     synchronise(device)
     seconds = time.perf_counter() - began
     return {"distance": ruler.distance(data.to_image_range(torch.cat(parts)).cpu()), "seconds": seconds}

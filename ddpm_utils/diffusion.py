@@ -1,4 +1,13 @@
-"""The closed-form mathematics: q, its posterior, p, and the loss, named as in DDPM (arXiv 2006.11239)."""
+"""The closed-form mathematics: q, its posterior, p, the loss, and the denoiser, named as in DDPM (arXiv 2006.11239).
+
+Two interfaces divide the package. A *network* answers what it was trained for: model(x_t, t, y=None) → eps, x0 or v. Losses and
+training speak to networks. A *denoiser* answers with the clean image: denoise(x_t, t, y=None) → x0_hat. Samplers and metrics
+speak to denoisers. `Denoiser` makes one of a network, and the exact solutions in `oracle` are denoisers already.
+
+Another path from image to noise, such as flow matching's straight line, is to be another module with functions of its own
+behind the same denoiser interface, not a general path that these functions are written for: a line here then reads like its
+equation in the paper, and a line there does, too.
+"""
 
 import contextlib
 
@@ -104,17 +113,37 @@ def eval_mode(model: nn.Module):
             part.training = training
 
 
-@torch.no_grad()
-def p_sample(model, schedule: NoiseSchedule, x_t: Tensor, t: Tensor, target: str = "eps", variance: str = "beta_tilde",
-             clamp: bool = True, generator: torch.Generator | None = None, y=None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One reverse step (DDPM Algorithm 2, lines 3–4): returns (x_prev, x0_hat).
+class Denoiser(nn.Module):
+    """denoise(x_t, t, y=None) → x0_hat: the clean image that the answer of `model` to (x_t, t, y) implies.
 
-    With `clamp`, x0_hat is held in [−1, 1] before the mean is taken from it, so the clamp reaches the picture.
-    No noise is added where t = 0.
+    `target` says what the network predicts: "eps", "x0" or "v". With `clamp`, x0_hat is held in [−1, 1], where the images are.
+    The one place where a prediction becomes an image; no gradient passes.
     """
-    x0_hat = predict_x0(schedule, x_t, t, model(x_t, t, y), target)
-    if clamp:
-        x0_hat = x0_hat.clamp(-1, 1)
+
+    def __init__(self, model, schedule: NoiseSchedule, target: str = "eps", clamp: bool = True):
+        super().__init__()
+        self.model, self.schedule, self.target, self.clamp = model, schedule, target, clamp
+
+    @torch.no_grad()
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        x0_hat = predict_x0(self.schedule, x_t, t, self.model(x_t, t, y), self.target)
+        return x0_hat.clamp(-1, 1) if self.clamp else x0_hat
+
+
+def p_sample(
+    denoise,
+    schedule: NoiseSchedule,
+    x_t: Tensor,
+    t: Tensor,
+    variance: str = "beta_tilde",
+    generator: torch.Generator | None = None,
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One reverse step: a draw of p(x_{t−1} | x_t), the posterior (DDPM Eq. 6–7) with x0_hat for x0. Returns (x_prev, x0_hat).
+
+    With an unclamped `Denoiser` this is DDPM's Algorithm 2, lines 3–4. No noise is added where t = 0.
+    """
+    x0_hat = denoise(x_t, t, y)
     mean, var = p_mean_variance(schedule, x0_hat, x_t, t, variance)
     noise = torch.randn(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
     not_last = (t > 0).view(-1, *[1] * (x_t.ndim - 1))

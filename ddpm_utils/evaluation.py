@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import runtime
-from .diffusion import eval_mode, p_mean_variance, predict_x0, q_posterior, q_sample
+from .diffusion import eval_mode, p_mean_variance, q_posterior, q_sample
 from .schedules import NoiseSchedule
 
 
@@ -389,19 +389,23 @@ def prior_term(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def bound_term(model, schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor, target: str = "eps",
-               variance: str = "beta_tilde", clamp: bool = True) -> Tensor:  # fmt: skip
+def bound_term(
+    denoise,
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    variance: str = "beta_tilde",
+) -> Tensor:
     """L_t of each x0 at x_t ~ q(x_t | x0), in bits per dimension, (B,) (DDPM Eq. 5; the paper's L_{t−1} with our t + 1 = its t).
 
-    For t > 0 the KL between the true step back, q(x_{t−1} | x_t, x0), and the network's; at t = 0 the negative log-likelihood
-    of x0 under Eq. 13, with beta_tilde of t = 1 for the variance, which is 0 there, as in the paper's code.
-    x0 (B, …) in [−1, 1], t (B,), eps (B, …): on the CPU, where all but the network is worked out, in float64.
+    For t > 0 the KL between the true step back, q(x_{t−1} | x_t, x0), and the one with x0_hat for x0; at t = 0 the negative
+    log-likelihood of x0 under Eq. 13, with beta_tilde of t = 1 for the variance, which is 0 there, as in the paper's code.
+    x0 (B, …) in [−1, 1], t (B,), eps (B, …): on the CPU, where all but the denoiser is worked out, in float64.
     """
     device, schedule = schedule.betas.device, in_float64(schedule)
     x_t = q_sample(schedule, x0.double(), t, eps.double())
-    prediction = model(x_t.float().to(device), t.to(device), None).cpu().double()
-    x0_hat = predict_x0(schedule, x_t, t, prediction, target)
-    x0_hat = x0_hat.clamp(-1, 1) if clamp else x0_hat
+    x0_hat = denoise(x_t.float().to(device), t.to(device), None).cpu().double()
     mean, var = q_posterior(schedule, x0.double(), x_t, t)
     mean_hat, var_hat = p_mean_variance(schedule, x0_hat, x_t, t, variance)
     nats, first = gaussian_kl(mean, var, mean_hat, var_hat), t == 0
@@ -442,23 +446,29 @@ class Bound:
     terms: Tensor
 
 
-def bits_per_dimension(model, schedule: NoiseSchedule, images: Tensor, target: str = "eps", variance: str = "beta_tilde",
-                       clamp: bool = True, calls: int | None = None, batch_size: int = 256,
-                       generator: torch.Generator | None = None) -> Bound:  # fmt: skip
+def bits_per_dimension(
+    denoise,
+    schedule: NoiseSchedule,
+    images: Tensor,
+    variance: str = "beta_tilde",
+    calls: int | None = None,
+    batch_size: int = 256,
+    generator: torch.Generator | None = None,
+) -> Bound:
     """Upper bound on the code length of images (N, C, H, W) uint8 under the model: L_T + Σ L_t (DDPM Eq. 5, section 3.3).
 
-    Bits per value, of which a raw image has 8. `calls`: network calls an image, None for all T terms; fewer give the same total
-    on average (see `weighted_timesteps`). The model is in eval mode meanwhile; `generator` is one of the CPU.
+    Bits per value, of which a raw image has 8. `calls`: calls of `denoise` an image, None for all T terms; fewer give the same
+    total on average (see `weighted_timesteps`). A network is in eval mode meanwhile; `generator` is one of the CPU.
     """
     times, weights = weighted_timesteps(len(check_images(images)), len(schedule), calls, generator)
     terms, priors = torch.empty_like(weights), []
-    with eval_mode(model):
+    with eval_mode(denoise):
         for rows in torch.arange(len(images)).split(batch_size):
             x0 = images[rows].cpu().double() / 127.5 - 1
             priors.append(prior_term(schedule, x0))
             for column in range(times.shape[1]):
                 eps = torch.randn(x0.shape, generator=generator)
-                terms[rows, column] = bound_term(model, schedule, x0, times[rows, column], eps, target, variance, clamp)
+                terms[rows, column] = bound_term(denoise, schedule, x0, times[rows, column], eps, variance)
     totals = torch.cat(priors) + (weights * terms).sum(dim=1)
     seen = times.flatten().bincount(minlength=len(schedule))
     mean_terms = torch.zeros(len(schedule), dtype=torch.float64).index_add(0, times.flatten(), terms.flatten()) / seen

@@ -1,42 +1,43 @@
-"""Perfect denoisers: where the data's distribution is known, the best possible network is a formula."""
+"""Exact denoisers: where the distribution of the data is known, the best possible x0_hat is a formula.
+
+Each is a denoiser, denoise(x_t, t, y=None) → x0_hat = E[x0 | x_t]; y is ignored.
+"""
 
 import torch
 from torch import Tensor, nn
 
-from .diffusion import at, predict_eps, training_target
+from .diffusion import at
 from .schedules import NoiseSchedule
 
 
 class GaussianDenoiser(nn.Module):
-    """The best prediction for data x0 ~ N(mean, covariance), as a model(x_t, t, y=None).
+    """The best denoiser for data x0 ~ N(mean, covariance).
 
     With C the covariance and ā = alpha_bar_t: x0_hat = m + √ā·C·(ā·C + (1 − ā)·I)⁻¹·(x_t − √ā·m), the conditional mean of a
     Gaussian. For data of any other kind with these moments it is the best *linear* denoiser (the Wiener filter).
     mean: (D,) for data of D values (pixels in any shape); covariance: (D, D), symmetric, no eigenvalue below 0.
-    Raises ValueError on shapes that do not fit, or on a covariance that is none.
+    Raises ValueError on shapes that do not fit, or on a matrix that is no covariance.
     """
 
-    def __init__(self, schedule: NoiseSchedule, mean: Tensor, covariance: Tensor, target: str = "eps"):
+    def __init__(self, schedule: NoiseSchedule, mean: Tensor, covariance: Tensor):
         super().__init__()
         values, vectors = eigen(covariance, mean)
-        self.schedule, self.target, self.mean = schedule, target, mean.reshape(-1)
+        self.schedule, self.mean = schedule, mean.reshape(-1)
         self.values, self.vectors = values.to(mean), vectors.to(mean)
 
     def forward(self, x_t: Tensor, t: Tensor, y=None) -> Tensor:
-        x0_hat, eps_hat, _ = self.posterior(x_t, t)
-        return training_target(self.schedule, x0_hat, t, eps_hat, self.target)
+        return self.posterior(x_t, t)[0]
 
-    def posterior(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """E[x0 | x_t] and E[eps | x_t], both shaped like x_t, and ln q(x_t) up to a constant, (B,)."""
+    def posterior(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """E[x0 | x_t], shaped like x_t, and ln q(x_t) up to a constant, (B,)."""
         flat = x_t.flatten(1)
         alpha_bar_t = at(self.schedule.alpha_bars, t, flat)
         variance = alpha_bar_t * self.values + 1 - alpha_bar_t  # of x_t, along each eigenvector
-        centred = (flat - alpha_bar_t.sqrt() * self.mean) @ self.vectors
-        whitened = centred / variance
-        eps_hat = ((1 - alpha_bar_t).sqrt() * whitened) @ self.vectors.T
+        centered = (flat - alpha_bar_t.sqrt() * self.mean) @ self.vectors
+        whitened = centered / variance
         x0_hat = self.mean + (alpha_bar_t.sqrt() * self.values * whitened) @ self.vectors.T
-        log_density = -0.5 * (centred * whitened + variance.log()).sum(dim=1)
-        return x0_hat.view_as(x_t), eps_hat.view_as(x_t), log_density
+        log_density = -0.5 * (centered * whitened + variance.log()).sum(dim=1)
+        return x0_hat.view_as(x_t), log_density
 
     def loss(self, target: str = "eps") -> Tensor:
         """Its expected squared error per value at every t, shape (T,): what any linear denoiser can reach at best.
@@ -52,46 +53,40 @@ class GaussianDenoiser(nn.Module):
 
 
 class MixtureDenoiser(nn.Module):
-    """The best prediction for a mixture of Gaussians: that of each component, weighed by how likely x_t came from it.
+    """The best denoiser for a mixture of Gaussians: that of each component, weighted by how likely x_t came from it.
 
-    weights: (K,), positive, summing to 1; means: (K, D); covariances: (K, D, D). A model(x_t, t, y=None); y is ignored.
-    Raises ValueError on shapes that do not fit, weights that are none, or a covariance that is none.
+    weights: (K,), positive, summing to 1; means: (K, D); covariances: (K, D, D). Raises ValueError on shapes that do not fit,
+    on weights that are not positive or do not sum to 1, or on a matrix that is no covariance.
     """
 
-    def __init__(
-        self, schedule: NoiseSchedule, weights: Tensor, means: Tensor, covariances: Tensor, target: str = "eps"
-    ):
+    def __init__(self, schedule: NoiseSchedule, weights: Tensor, means: Tensor, covariances: Tensor):
         super().__init__()
         check_mixture(weights, means, covariances)
-        self.schedule, self.target, self.log_weights = schedule, target, weights.log()
+        self.log_weights = weights.log()
         self.parts = [GaussianDenoiser(schedule, m, c) for m, c in zip(means, covariances, strict=True)]
 
     def forward(self, x_t: Tensor, t: Tensor, y=None) -> Tensor:
-        x0_hats, eps_hats, log_densities = zip(*(part.posterior(x_t, t) for part in self.parts), strict=True)
+        x0_hats, log_densities = zip(*(part.posterior(x_t, t) for part in self.parts), strict=True)
         shares = (self.log_weights + torch.stack(log_densities, dim=1)).softmax(dim=1)  # Bayes' rule, (B, K)
-        x0_hat, eps_hat = (torch.einsum("bk,kb...->b...", shares, torch.stack(a)) for a in (x0_hats, eps_hats))
-        return training_target(self.schedule, x0_hat, t, eps_hat, self.target)
+        return torch.einsum("bk,kb...->b...", shares, torch.stack(x0_hats))
 
 
 class DataDenoiser(nn.Module):
-    """The best prediction where the data are nothing but the given images: their mean, weighed by how likely x_t came from each.
+    """The best denoiser where the data are nothing but the given images: their mean, weighted by how likely x_t came from each.
 
     x0_hat = Σ wᵢ·xᵢ, w = softmax(−|x_t − √ā·xᵢ|² / (2·(1 − ā))). images: (N, …) in model range, each as likely as another.
-    A model(x_t, t, y=None); y is ignored. It is what a network's training loss asks for, and it knows no other picture.
+    It is what a network's training loss asks for, and it knows no other image.
     """
 
-    def __init__(self, schedule: NoiseSchedule, images: Tensor, target: str = "eps"):
+    def __init__(self, schedule: NoiseSchedule, images: Tensor):
         super().__init__()
         if len(images) == 0 or not images.is_floating_point():
             raise ValueError(f"images: {tuple(images.shape)} {images.dtype}, expected at least one float image")
-        self.schedule, self.target, self.images = schedule, target, images.flatten(1)
+        self.schedule, self.images = schedule, images.flatten(1)
         self.squares = self.images.square().sum(dim=1)
 
     def forward(self, x_t: Tensor, t: Tensor, y=None) -> Tensor:
-        flat = x_t.flatten(1)
-        x0_hat = self.shares(flat, t) @ self.images
-        eps_hat = predict_eps(self.schedule, flat, t, x0_hat)
-        return training_target(self.schedule, x0_hat, t, eps_hat, self.target).view_as(x_t)
+        return (self.shares(x_t, t) @ self.images).view_as(x_t)
 
     def shares(self, x_t: Tensor, t: Tensor) -> Tensor:
         """How likely x_t came from each of the images, (B, N), rows that sum to 1."""
@@ -102,10 +97,10 @@ class DataDenoiser(nn.Module):
         return (fits / (1 - alpha_bar_t)).softmax(dim=1)
 
 
-def fit_gaussian(schedule: NoiseSchedule, x0: Tensor, target: str = "eps") -> GaussianDenoiser:
+def fit_gaussian(schedule: NoiseSchedule, x0: Tensor) -> GaussianDenoiser:
     """The best linear denoiser for data whose mean and covariance are those of x0 (N, …), floats in model range."""
     flat = x0.flatten(1).cpu().double()
-    return GaussianDenoiser(schedule, flat.mean(dim=0).float().to(x0.device), torch.cov(flat.T), target)
+    return GaussianDenoiser(schedule, flat.mean(dim=0).float().to(x0.device), torch.cov(flat.T))
 
 
 def eigen(covariance: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

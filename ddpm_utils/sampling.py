@@ -1,4 +1,7 @@
-"""Samplers: generators that yield every state on the way from noise to picture, and a function that keeps the last."""
+"""Samplers: generators that yield every state on the way from noise to image, and functions that keep some of them.
+
+They take a denoiser, denoise(x_t, t, y=None) → x0_hat (see `diffusion`), and know nothing of networks and what they predict.
+"""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -6,24 +9,30 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .diffusion import at, eval_mode, p_sample, predict_eps, predict_x0
+from .diffusion import at, eval_mode, p_sample, predict_eps
 from .schedules import NoiseSchedule
 
 
-def ddpm_sample(model, schedule: NoiseSchedule, shape, target: str = "eps", variance: str = "beta_tilde", clamp: bool = True,
-                generator: torch.Generator | None = None, y=None) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
+def ddpm_sample(
+    denoise,
+    schedule: NoiseSchedule,
+    shape,
+    variance: str = "beta_tilde",
+    generator: torch.Generator | None = None,
+    y: Tensor | None = None,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Ancestral sampling, DDPM Algorithm 2, from x_T ~ N(0, I) of the given shape (B, C, H, W).
 
-    Yields (t, x_t, x0_hat) for t = T−1 … 0, x0_hat being the network's guess from x_t, then (−1, x0, x0): T + 1 triples.
-    Pass the EMA network for the best pictures. The model is in eval mode meanwhile. The same generator seed gives the same
-    picture on the same device.
+    Yields (t, x_t, x0_hat) for t = T−1 … 0, x0_hat being the clean image estimated from x_t, then (−1, x0, x0): T + 1 triples.
+    A network inside `denoise` is in eval mode meanwhile; the averaged one (EMA) draws the best images. The same generator seed
+    gives the same images on the same device.
     """
     device = schedule.betas.device
-    with eval_mode(model):
+    with eval_mode(denoise):
         x_t = torch.randn(shape, generator=generator, device=device)
         for step in reversed(range(len(schedule))):
             t = torch.full((shape[0],), step, device=device)
-            x_prev, x0_hat = p_sample(model, schedule, x_t, t, target, variance, clamp, generator, y)
+            x_prev, x0_hat = p_sample(denoise, schedule, x_t, t, variance, generator, y)
             yield step, x_t, x0_hat
             x_t = x_prev
         yield -1, x_t, x_t
@@ -54,9 +63,16 @@ def spaced_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "unifor
     return rising.minimum(i + last + 1 - steps).flip(0).tolist()
 
 
-def ddim_step(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, t_next: Tensor, x0_hat: Tensor, eta: float = 0.0,
-              generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
-    """From x_t at t to any other time t_next (DDIM, 2010.02502, Eq. 12); t_next = −1 is the finished picture.
+def ddim_step(
+    schedule: NoiseSchedule,
+    x_t: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    x0_hat: Tensor,
+    eta: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """From x_t at t to any other time t_next (DDIM, 2010.02502, Eq. 12); t_next = −1 is the finished image.
 
     x_next = √ᾱ_next·x0_hat + √(1 − ᾱ_next − σ²)·eps_hat + σ·noise. eta = 0 adds no noise, and alone may lead to a later time;
     eta = 1 over all T steps is DDPM. x_t, x0_hat: (B, …); t, t_next: (B,) long.
@@ -72,8 +88,14 @@ def ddim_step(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, t_next: Tensor, x
     return x_next + sigma2.sqrt() * torch.randn(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
 
 
-def multistep_guess(schedule: NoiseSchedule, t_before: Tensor, t: Tensor, t_next: Tensor, x0_before: Tensor,
-                    x0_hat: Tensor) -> Tensor:  # fmt: skip
+def multistep_guess(
+    schedule: NoiseSchedule,
+    t_before: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    x0_before: Tensor,
+    x0_hat: Tensor,
+) -> Tensor:
     """The guess half-way from t to t_next, on the line through those at t_before and t (DPM-Solver++ 2M, 2211.01095, Alg. 2).
 
     Half-way in λ = ½·ln(ᾱ / (1 − ᾱ)): x0_hat + (λ_next − λ_t) / (2·(λ_t − λ_before)) · (x0_hat − x0_before). At t_next = −1,
@@ -86,80 +108,84 @@ def multistep_guess(schedule: NoiseSchedule, t_before: Tensor, t: Tensor, t_next
     return x0_hat + share.masked_fill(last, 0.0) * (x0_hat - x0_before)
 
 
-@torch.no_grad()
-def guess_x0(
-    model, schedule: NoiseSchedule, x_t: Tensor, t: Tensor, target: str = "eps", clamp: bool = True, y=None
-) -> Tensor:
-    """The network's guess of the clean picture from x_t, held in [−1, 1] with `clamp`."""
-    x0_hat = predict_x0(schedule, x_t, t, model(x_t, t, y), target)
-    return x0_hat.clamp(-1, 1) if clamp else x0_hat
+def ddim_sample(
+    denoise,
+    schedule: NoiseSchedule,
+    shape,
+    steps: int | Sequence[int] = 50,
+    eta: float = 0.0,
+    generator: torch.Generator | None = None,
+    y: Tensor | None = None,
+    start: Tensor | None = None,
+    order: int = 1,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Sampling with few calls of `denoise` (DDIM, 2010.02502, Eq. 12), from x_T ~ N(0, I) of `shape`, or from `start`.
 
-
-def ddim_sample(model, schedule: NoiseSchedule, shape, steps: int | Sequence[int] = 50, target: str = "eps", eta: float = 0.0,
-                clamp: bool = True, generator: torch.Generator | None = None, y=None,
-                start: Tensor | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
-    """Sampling with few network calls (DDIM, 2010.02502, Eq. 12), from x_T ~ N(0, I) of `shape`, or from `start`.
-
-    `steps`: how many, spread evenly over 0 … T−1, or the times themselves, descending. Yields (t, x_t, x0_hat) at each, then
-    (−1, x0, x0). With `clamp`, x0_hat is held in [−1, 1] and eps_hat follows from the clamped one. The model is in eval mode
-    meanwhile.
+    `steps`: how many, spread evenly over 0 … T−1, or the times themselves, descending. `order` 2 adds the line that turns DDIM
+    into DPM-Solver++ 2M, see `dpm_solver_sample`. Yields (t, x_t, x0_hat) at each time, then (−1, x0, x0).
     """
     device, times = schedule.betas.device, check_times(schedule, steps)
-    with eval_mode(model):
-        x_t = torch.randn(shape, generator=generator, device=device) if start is None else start
-        for step, following in zip(times, [*times[1:], -1], strict=True):
-            t = torch.full((shape[0],), step, device=device)
-            x0_hat = guess_x0(model, schedule, x_t, t, target, clamp, y)
-            x_next = ddim_step(schedule, x_t, t, torch.full_like(t, following), x0_hat, eta, generator)
-            yield step, x_t, x0_hat
-            x_t = x_next
-        yield -1, x_t, x_t
-
-
-def dpm_solver_sample(model, schedule: NoiseSchedule, shape, steps: int | Sequence[int] = 20, target: str = "eps",
-                      clamp: bool = True, generator: torch.Generator | None = None, y=None,
-                      start: Tensor | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
-    """Second-order sampling without noise: DPM-Solver++ 2M (2211.01095, Algorithm 2). Arguments and results as in `ddim_sample`.
-
-    A DDIM step, but with the guess half-way through the step, foretold from the last two guesses. The first and the last step
-    are DDIM's own.
-    """
-    device, times = schedule.betas.device, check_times(schedule, steps)
-    before = None
-    with eval_mode(model):
+    before = None  # the time and the x0_hat of the step before
+    with eval_mode(denoise):
         x_t = torch.randn(shape, generator=generator, device=device) if start is None else start
         for step, following in zip(times, [*times[1:], -1], strict=True):
             t = torch.full((shape[0],), step, device=device)
             t_next = torch.full_like(t, following)
-            x0_hat = guess_x0(model, schedule, x_t, t, target, clamp, y)
-            guess = x0_hat if before is None else multistep_guess(schedule, before[0], t, t_next, before[1], x0_hat)
-            x_next = ddim_step(schedule, x_t, t, t_next, guess)
+            # predict the clean image
+            x0_hat = guess = denoise(x_t, t, y)
+            if order == 2 and before is not None:
+                guess = multistep_guess(schedule, before[0], t, t_next, before[1], x0_hat)
+            # step to the next noise level
+            x_next = ddim_step(schedule, x_t, t, t_next, guess, eta, generator)
             yield step, x_t, x0_hat
             x_t, before = x_next, (t, x0_hat)
         yield -1, x_t, x_t
 
 
-def ddim_encode(model, schedule: NoiseSchedule, x0: Tensor, steps: int | Sequence[int] = 50, target: str = "eps",
-                y=None) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
-    """The way up: DDIM's steps without noise, taken from pictures x0 (B, C, H, W) to the noise they come from (section 4.3).
+def dpm_solver_sample(
+    denoise,
+    schedule: NoiseSchedule,
+    shape,
+    steps: int | Sequence[int] = 20,
+    generator: torch.Generator | None = None,
+    y: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Second-order sampling without noise: DPM-Solver++ 2M (2211.01095, Algorithm 2). Arguments and results as in `ddim_sample`.
 
-    Yields (t, x_t, x0_hat) at each time, ascending; the last x_t is the noise, from which `ddim_sample` with the same `steps`,
-    without clamp, comes back. The picture is taken for the state at the first time. Nothing is clamped, or no way led back.
+    A DDIM step, but with the guess half-way through the step, extrapolated from the last two guesses. The first and the last
+    step are DDIM's own. A number of `steps` is spread evenly in the log-SNR, where the solver is at its best.
+    """
+    times = spaced_timesteps(schedule, steps, "log_snr") if isinstance(steps, int) else steps
+    return ddim_sample(denoise, schedule, shape, times, 0.0, generator, y, start, order=2)
+
+
+def ddim_encode(
+    denoise,
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    steps: int | Sequence[int] = 50,
+    y: Tensor | None = None,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The way up: DDIM's steps without noise, taken from images x0 (B, C, H, W) to the noise they come from (section 4.3).
+
+    Yields (t, x_t, x0_hat) at each time, ascending; the last x_t is the noise, from which `ddim_sample` with the same `steps`
+    comes back. The image is taken for the state at the first time. Use a `Denoiser` with clamp=False: a clamped step cannot be
+    undone.
     """
     device, times = schedule.betas.device, check_times(schedule, steps)[::-1]
-    with eval_mode(model):
+    with eval_mode(denoise):
         x_t = x0
-        for step, following in zip(
-            times, [*times[1:], times[-1]], strict=True
-        ):  # the last state is yielded, and goes nowhere
+        # the last state is yielded, and goes nowhere
+        for step, following in zip(times, [*times[1:], times[-1]], strict=True):
             t = torch.full((len(x0),), step, device=device)
-            x0_hat = guess_x0(model, schedule, x_t, t, target, False, y)
+            x0_hat = denoise(x_t, t, y)
             yield step, x_t, x0_hat
             x_t = ddim_step(schedule, x_t, t, torch.full_like(t, following), x0_hat)
 
 
 class Guided(nn.Module):
-    """Classifier-free guidance (2207.12598, Eq. 6) around a network with labels, for any sampler: model(x_t, t, y=None).
+    """Classifier-free guidance (2207.12598, Eq. 6) around a network with labels: model(x_t, t, y=None), for a `Denoiser`.
 
     answer = free + scale · (named − free), the network's answers without and with the label y. 0 ignores the label, 1 is the
     network as it is, more exaggerates what the label changes; the paper's w is scale − 1. Both answers come from one call on
@@ -195,7 +221,7 @@ def check_times(schedule: NoiseSchedule, steps: int | Sequence[int]) -> list[int
 
 
 def last(states: Iterator[tuple[int, Tensor, Tensor]]) -> Tensor:
-    """Run a sampler to its end and return the finished pictures."""
+    """Run a sampler to its end and return the finished images."""
     return deque(states, maxlen=1).pop()[1]
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import checkpoints, config, data, pretrained, runtime, sampling
 from ..config import TrainConfig
+from ..diffusion import Denoiser
 from ..schedules import make_schedule
 from .progress import Progress
 
@@ -75,8 +76,8 @@ def draw(model: nn.Module, cfg: TrainConfig, how: Plan, device, wanted=()) -> tu
 
     A network with labels draws them in turn: 0, 1, 2, … and again.
     """
-    clamp = how.clamp and cfg.data_range == "symmetric"
     schedule = make_schedule(**cfg.noise()).to(device)
+    denoise = Denoiser(model, schedule, cfg.target, how.clamp and cfg.data_range == "symmetric")
     rng = torch.Generator(device=device).manual_seed(how.seed)
     batches = torch.arange(how.n).split(BATCH)
     progress = Progress("draw", len(batches) * (how.steps + 1))
@@ -85,9 +86,9 @@ def draw(model: nn.Module, cfg: TrainConfig, how: Plan, device, wanted=()) -> tu
         shape = (len(numbers), cfg.channels, cfg.image_size, cfg.image_size)
         y = (numbers % cfg.num_classes).to(device) if cfg.num_classes else None
         if how.sampler == "ddpm":
-            states = sampling.ddpm_sample(model, schedule, shape, cfg.target, how.variance, clamp, rng, y)
+            states = sampling.ddpm_sample(denoise, schedule, shape, how.variance, rng, y)
         else:
-            states = sampling.ddim_sample(model, schedule, shape, how.steps, cfg.target, 0.0, clamp, rng, y)
+            states = sampling.ddim_sample(denoise, schedule, shape, how.steps, 0.0, rng, y)
         for t, x_t, _ in states:
             done += 1
             progress.update(done)
