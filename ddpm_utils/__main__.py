@@ -6,8 +6,6 @@ import os
 import sys
 import warnings
 
-from .cli import flags
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that `arguments` (or `sys.argv`) name; returns the exit status.
@@ -53,9 +51,19 @@ def _show_warning(message, *place) -> None:
 
 
 def _run(arguments: list[str] | None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    if words == ["doctor"]:  # which must work where nothing is installed
+        from .cli import doctor
+
+        return doctor.run()
     try:
-        options = flags.parse(arguments)
-        return importlib.import_module(f".cli.{options.command}", __package__).run(options)
+        from .cli import flags
+
+        options = flags.parse(words)
+        command = type(options).__name__.lower()
+        return importlib.import_module(f".cli.{command}", __package__).run(options)
+    except SystemExit as leaving:  # --help, or an error that the parser has told
+        return leaving.code or 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

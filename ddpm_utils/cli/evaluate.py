@@ -1,27 +1,26 @@
-"""`evaluate`: the ruler's table for trained weights. The result goes to stdout; whatever else is said goes to stderr."""
+"""`evaluate`: the metrics of trained weights. The table goes to stdout; all else goes to stderr."""
 
-import argparse
 import contextlib
 import json
 import sys
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .. import data, evaluation, pretrained, runtime
 from ..data import to_image_range
-from . import drawing
-from .progress import Progress
+from . import drawing, flags
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: flags.Evaluate) -> int:
     """Draw, measure, print. Raises FileNotFoundError if the data set is not to be had, ValueError on an n it cannot give."""
     with contextlib.redirect_stdout(sys.stderr):
         device = runtime.pick_device(options.device)
         model, cfg = drawing.load_weights(options.weights, device)
         if cfg.folder:
             raise ValueError(
-                f"these weights draw {cfg.dataset}: the ruler needs labels, which a folder of pictures has not"
+                f"these weights draw {cfg.dataset}: the metrics need a classifier, and a folder of images has no labels"
             )
         how = drawing.plan(cfg, options.n, options.sampler, options.steps, options.seed)
         train_set = data.load_images(cfg.dataset, image_size=cfg.image_size, pad=cfg.pad)
@@ -45,10 +44,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def features_of(classifier: evaluation.Classifier, images: Tensor) -> Tensor:
-    """`evaluation.extract_features`, with a progress line: the 60,000 of a training set take a CPU a minute."""
-    progress, parts = Progress("read", len(images)), []
-    for part in images.split(2000):
-        parts.append(evaluation.extract_features(classifier, part))
-        progress.update(sum(map(len, parts)))
-    progress.close()
-    return torch.cat(parts)
+    """`evaluation.extract_features`, with a progress bar: the 60,000 of a training set take a CPU a minute."""
+    parts = tqdm(images.split(2000), desc="features", disable=None)
+    return torch.cat([evaluation.extract_features(classifier, part) for part in parts])

@@ -1,6 +1,5 @@
 """`sample`: images from trained weights, as a grid, as a strip that shows how they come about, and as a GIF."""
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -17,6 +16,7 @@ from ..recipes import RECIPES
 from . import drawing, flags
 
 ABOUT = "samples.json"  # says where the files beside it come from
+SAMPLES = 64  # images, if neither a flag nor a recipe says how many
 ROWS, COLUMNS = 6, 10  # of the strip, at most
 FRAMES, FILMED, MS = 60, 64, 80  # of the GIF: frames and pictures, at most; milliseconds a frame
 
@@ -33,7 +33,7 @@ class Views:
     hold_ms: int  # of its last frame
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: flags.Sample) -> int:
     """Draw, and write the files. Raises FileNotFoundError and ValueError before anything is drawn or written."""
     device = runtime.pick_device(options.device)
     weights = options.weights or (default_run(options.recipe) if options.recipe else "fashion_mnist")
@@ -85,15 +85,15 @@ def default_run(name: str) -> str:
     return str(folder)
 
 
-def usual(options: argparse.Namespace, cfg: TrainConfig) -> tuple[drawing.Plan, Views]:
+def usual(options: flags.Sample, cfg: TrainConfig) -> tuple[drawing.Plan, Views]:
     """What `sample` draws without a recipe."""
-    n = flags.SAMPLES if options.n is None else options.n
+    n = SAMPLES if options.n is None else options.n
     how = drawing.plan(cfg, n, options.sampler or "ddim", options.steps, options.seed)
     film = spread(drawing.times_of(cfg, how), FRAMES)
     return how, Views(None, spread(film, COLUMNS), ROWS, film, FILMED, 2000)
 
 
-def of_recipe(options: argparse.Namespace, cfg: TrainConfig) -> tuple[drawing.Plan, Views]:
+def of_recipe(options: flags.Sample, cfg: TrainConfig) -> tuple[drawing.Plan, Views]:
     """What the source of a recipe shows. Raises ValueError if another sampler or number of steps is asked for."""
     if options.sampler or options.steps:
         raise ValueError(

@@ -1,6 +1,5 @@
 """`train`: a run in a folder of its own, from its first step or from where it was stopped, in one process or under torchrun."""
 
-import argparse
 import contextlib
 import io
 import json
@@ -14,19 +13,19 @@ from pathlib import Path
 import imageio.v3 as iio
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from .. import checkpoints, config, data, distributed, folders, plots, pretrained, recipes, runtime, training
 from ..config import TrainConfig
 from . import drawing, flags
 from .losslog import LossLog
-from .progress import Progress, clock
 
 FEW_STEPS, DEFAULT_STEPS = 500, 2812  # below the first, say so; the default run on Fashion-MNIST makes the second
 HELD_OUT = 512  # test images on which the loss is measured
 SAMPLES = 64  # pictures in samples.png
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: flags.Train) -> int:
     """Train, and fill the run's folder. Returns 0, or 130 if the run was stopped; raises on bad input and failed runs."""
     writer = summary_writer() if options.tensorboard else None
     with distributed.group(options.device) as device, contextlib.ExitStack() as stack:
@@ -49,13 +48,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def prepare(options: argparse.Namespace, device) -> tuple[TrainConfig, Path, data.ImageSet, data.ImageSet]:
+def prepare(options: flags.Train, device) -> tuple[TrainConfig, Path, data.ImageSet, data.ImageSet]:
     """Config, folder, training and test images of the run that the flags ask for. Writes nothing.
 
     Flags go before the recipe, that before presets, and a resumed run's own config before all: a flag that contradicts it is
     refused.
     """
-    chosen, resumed = flags.given(options), options.resume and options.out is not None
+    chosen, resumed = dict(options.given), options.resume and options.out is not None
     if options.recipe:
         chosen = recipes.fields(options.recipe, **chosen)
     if "dataset" in chosen and chosen["dataset"] not in config.DATASETS and TrainConfig(**chosen).folder:
@@ -164,20 +163,20 @@ def resumed_config(cfg: TrainConfig, chosen: dict, folder: Path) -> TrainConfig:
 def load(cfg: TrainConfig, device) -> tuple[data.ImageSet, data.ImageSet]:
     """Training and test images. On each machine one process goes first, so that no two download into the same folder."""
     first = not distributed.world() > 1 or dist.get_node_local_rank(0) == 0
-    form, bar = (cfg.image_size, cfg.channels, cfg.pad), Progress("read", 1)
+    form, bar = (cfg.image_size, cfg.channels, cfg.pad), tqdm(desc="read", unit="file", disable=None, leave=False)
 
     def tell(done: int, total: int) -> None:
         bar.total = total
-        bar.update(done)
+        bar.update(done - bar.n)
 
     for turn in (True, False):
         if first == turn and cfg.folder:
             train_set, test_set = folders.train_and_test(cfg.folder, *form, device=device, progress=tell)
-            bar.close()
         elif first == turn:
             train_set = data.load_images(cfg.dataset, image_size=cfg.image_size, pad=cfg.pad)
             test_set = data.load_images(cfg.dataset, "test", cfg.image_size, cfg.pad, say=False)
         distributed.agree()
+    bar.close()
     return train_set, test_set
 
 
@@ -246,7 +245,7 @@ def run_loop(state: training.TrainState, folder: Path, images, held_out, labels,
     every = math.ceil(total / 10)
     log = LossLog(folder / "loss.csv", first) if chief else None
     board = writer(folder / "tensorboard", purge_step=first + 1) if chief and writer else None
-    progress = Progress("train", total, first)
+    bar = tqdm(total=total, initial=first, desc="train", unit="step", disable=None if chief else True)
     often = 1 if state.device.type == "cpu" else training.READ_EVERY  # reading a loss makes a GPU's host wait for it
     fresh, words = [], ""
     try:
@@ -259,10 +258,13 @@ def run_loop(state: training.TrainState, folder: Path, images, held_out, labels,
             ):  # before a save, too
                 words = f"loss {record.loss:.4f}  {record.images_per_second:,.0f} images/s"
                 write_rows(fresh, log, board)
-            progress.update(record.step, words)
+            bar.set_postfix_str(words, refresh=False)
+            bar.update()
             if record.held_out is not None:
-                so_far, left = f"{record.step:,}".rjust(len(f"{total:,}")), clock(progress.left(record.step))
-                progress.note(f"step {so_far}/{total:,}  {words}  held-out loss {record.held_out:.4f}  {left} left")
+                seconds = (total - record.step) * state.cfg.batch_size / record.images_per_second
+                left, so_far = tqdm.format_interval(seconds), f"{record.step:,}".rjust(len(f"{total:,}"))
+                note = f"step {so_far}/{total:,}  {words}  held-out loss {record.held_out:.4f}  {left} left"
+                bar.write(note, file=sys.stderr)
     except checkpoints.NotSaved as error:
         if state.step == first:
             raise
@@ -270,7 +272,7 @@ def run_loop(state: training.TrainState, folder: Path, images, held_out, labels,
     finally:
         if chief:
             write_rows(fresh, log, board)
-            progress.close()
+            bar.close()
         if board:
             board.close()
 
