@@ -188,7 +188,10 @@ class Ours(Training):
         total = round(self.steps / progress) if progress > 0.02 else 10**9
         lr = training.learning_rate(self.steps, total, self.cfg)
         self.run.step = self.steps
-        training._one_step(self.run, self.forward, self.images, None, lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        x0, t, eps, _ = training.draw_batch(self.run, self.images)
+        training.train_step(self.forward, self.optimizer, self.schedule, x0, t, eps, self.target, self.cfg.grad_clip)
         self.run.ema.update(self.model)
         self.steps += 1
 

@@ -74,6 +74,16 @@ def to_image_range(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def check_images(images: Tensor) -> Tensor:
+    """`images`; ValueError unless it is a non-empty (N, C, H, W) uint8 tensor."""
+    if images.ndim != 4 or images.dtype != torch.uint8 or len(images) == 0:
+        raise ValueError(
+            f"images have shape {tuple(images.shape)} and dtype {images.dtype}, expected at least one (C, H, W) "
+            "image in uint8: data.to_image_range makes them from floats in [−1, 1]"
+        )
+    return images
+
+
 def image_digests(images: Tensor) -> list[bytes]:
     """A digest of the pixels of each image (N, C, H, W) uint8, 8 bytes each: equal images have equal digests."""
     return [hashlib.blake2b(image, digest_size=8).digest() for image in images.cpu().contiguous().numpy()]

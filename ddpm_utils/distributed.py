@@ -25,7 +25,7 @@ def group(device: str | None = None):
 
         with distributed.group() as device:
             state = training.TrainState(cfg, UNet(**cfg.network()), device)
-            for record in training.train(state, images, held_out, folder):
+            for record in runs.train(state, images, held_out, folder):
                 if distributed.rank() == 0:
                     print(record.step)
     """
@@ -78,6 +78,12 @@ def agree(**facts) -> None:
                     f"the processes differ: {name} is {first!r} in process 0, {theirs[name]!r} in process {number}. "
                     "Start all with the same command, and give every machine the same data and checkpoint."
                 )
+
+
+def seed_dropout(seed: int, step: int) -> None:
+    """Of several processes, give each its own dropout masks, the same ones again in a resumed run."""
+    if world() > 1:
+        torch.manual_seed((seed * 1_000_003 + step) * world() + rank())
 
 
 def first_process_only(action):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import runtime
+from .data import check_images
 from .diffusion import eval_mode, p_mean_variance, q_posterior, q_sample
 from .schedules import NoiseSchedule
 
@@ -181,14 +182,6 @@ def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
     real, fake = check_features(real, fake)
     nearest = torch.cat([torch.cdist(part, fake).amin(dim=1) for part in real.split(1000)])
     return (nearest <= neighbour_radii(real, k)).double().mean().item()
-
-
-def check_images(images: Tensor) -> Tensor:
-    """`images`; ValueError unless it is a non-empty (N, C, H, W) uint8 tensor."""
-    if images.ndim != 4 or images.dtype != torch.uint8 or len(images) == 0:
-        raise ValueError(f"images have shape {tuple(images.shape)} and dtype {images.dtype}, expected at least one (C, H, W) "
-                         "image in uint8: data.to_image_range makes them from floats in [−1, 1]")  # fmt: skip
-    return images
 
 
 def check_features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,8 @@ from torch import nn  # noqa: E402
 from ddpm_utils import checkpoints, distributed, training  # noqa: E402
 from ddpm_utils.config import TrainConfig  # noqa: E402
 from ddpm_utils.folders import FolderImages, find_images  # noqa: E402
-from ddpm_utils.training import TrainingDiverged, TrainState, train  # noqa: E402
+from ddpm_utils.runs import TrainingDiverged, train  # noqa: E402
+from ddpm_utils.training import TrainState  # noqa: E402
 from ddpm_utils.unet import UNet  # noqa: E402
 
 IMAGES = torch.randint(0, 256, (24, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -20,9 +20,10 @@ import torch
 from conftest import TINY
 from torch import nn
 
-from ddpm_utils import checkpoints, diffusion, training
+from ddpm_utils import checkpoints, diffusion, runs, training
 from ddpm_utils.config import TrainConfig
-from ddpm_utils.training import EMA, NotSaved, TrainingDiverged, TrainState, train
+from ddpm_utils.runs import NotSaved, TrainingDiverged, train
+from ddpm_utils.training import EMA, TrainState
 from ddpm_utils.unet import UNet
 
 pytestmark = pytest.mark.usefixtures("own_folders")
@@ -433,8 +434,8 @@ def test_losses_are_read_as_rarely_as_the_device_wants(fresh, monkeypatch, every
     other = TrainState(state.cfg, UNet(**state.cfg.network()), "meta")
     assert (state.read_every, other.read_every) == (1, training.READ_EVERY)
     state.read_every = every
-    read = training._read
-    monkeypatch.setattr(training, "_read", lambda *a: (looks.append(state.step + 1), read(*a)))
+    read = runs._read
+    monkeypatch.setattr(runs, "_read", lambda *a: (looks.append(state.step), read(*a)))
     with Waits() as mode:
         for record in train(state, IMAGES, evaluate_every=9):
             waits.append(mode.count)
@@ -490,9 +491,9 @@ def test_waiting_for_a_loss_counts_as_time_of_the_steps(fresh):
 def test_losses_are_read_in_one_go(fresh):
     records = run(fresh(epochs=2))
     with Waits() as mode:
-        values = training.losses(records)
+        values = runs.losses(records)
     assert values == [record.loss for record in records] and mode.count <= 1
-    assert training.losses([]) == []
+    assert runs.losses([]) == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -639,7 +640,7 @@ def test_a_run_goes_on_with_the_images_that_it_began_with(fresh, tmp_path, image
     # Other images for old weights: that is allowed.
     tuned = checkpoints.load(tmp_path / "last.pt", fresh(), strict=False)
     run(tuned, images=images)
-    assert tuned.data == training.describe_data(images, None)
+    assert tuned.data == runs.describe_data(images, None)
 
 
 def test_a_run_goes_on_with_the_labels_that_it_began_with(fresh, tmp_path):
@@ -964,7 +965,7 @@ def test_a_run_whose_last_save_fails_says_so_and_can_be_saved_elsewhere(fresh, t
 def test_a_best_that_was_not_written_is_not_the_best(fresh, tmp_path, monkeypatch):
     state = fresh(epochs=4)
     measures = iter([0.5, 0.4, 0.45, 0.3])
-    monkeypatch.setattr(training, "held_out_loss", lambda *_, **__: next(measures))
+    monkeypatch.setattr(runs, "held_out_loss", lambda *_, **__: next(measures))
     fill_disk(monkeypatch, "best", steps=(12,), state=state)
     with pytest.warns(RuntimeWarning, match="step 12: .*best.pt was not written"):
         bests = [(record.step, state.best) for record in train(state, IMAGES, HELD_OUT, tmp_path, 6) if record.held_out]

@@ -5,7 +5,7 @@ import re
 import warnings
 from pathlib import Path
 
-from ..training import losses
+from ..runs import losses
 
 COLUMNS = ("step", "loss", "lr", "images_per_second", "held_out")
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from .. import checkpoints, config, data, distributed, folders, plots, pretrained, recipes, runtime, training
+from .. import checkpoints, config, data, distributed, folders, plots, pretrained, recipes, runs, runtime, training
 from ..config import TrainConfig
 from . import drawing, flags
 from .losslog import LossLog
@@ -208,9 +208,9 @@ def begin(state: training.TrainState, folder: Path, train_set: data.ImageSet, re
     cfg = state.cfg
     if resume and (folder / "last.pt").is_file():
         checkpoints.load(folder / "last.pt", state)
-        facts = training.describe_data(train_set.images, train_set.labels if cfg.num_classes else None)
+        facts = runs.describe_data(train_set.images, train_set.labels if cfg.num_classes else None)
         distributed.agree(step=state.step, **facts)
-        training.check_same_data(state, facts)
+        runs.check_same_data(state, facts)
     total, made = cfg.steps(len(train_set)), state.step
     if made > total:
         passes = made * cfg.batch_size / len(train_set)
@@ -249,7 +249,7 @@ def run_loop(state: training.TrainState, folder: Path, images, held_out, labels,
     often = 1 if state.device.type == "cpu" else training.READ_EVERY  # reading a loss makes a GPU's host wait for it
     fresh, words = [], ""
     try:
-        for record in training.train(state, images, held_out, folder, every, labels):
+        for record in runs.train(state, images, held_out, folder, every, labels):
             if not chief:
                 continue
             fresh.append(record)
@@ -277,10 +277,10 @@ def run_loop(state: training.TrainState, folder: Path, images, held_out, labels,
             board.close()
 
 
-def write_rows(fresh: list[training.StepRecord], log: LossLog, board) -> None:
+def write_rows(fresh: list[runs.StepRecord], log: LossLog, board) -> None:
     """Log the records in `fresh` and forget them."""
     log.add(fresh)
-    for r, loss in zip(fresh, training.losses(fresh), strict=True) if board else ():
+    for r, loss in zip(fresh, runs.losses(fresh), strict=True) if board else ():
         values = {"loss": loss, "lr": r.lr, "images_per_second": r.images_per_second, "held_out": r.held_out}
         for name, value in values.items():
             if value is not None:

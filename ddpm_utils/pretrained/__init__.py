@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoints, data, gallery, runtime, training
+from .. import checkpoints, data, gallery, runs, runtime, training
 from ..config import TrainConfig, from_dict
 from ..evaluation import Classifier, train_classifier
 from ..unet import UNet
@@ -137,12 +137,12 @@ def _train_briefly(cfg: TrainConfig, model: torch.nn.Module, device, seconds: fl
     train_set = data.load_images(cfg.dataset, image_size=cfg.image_size, pad=cfg.pad)
     images, labels = train_set.images, train_set.labels if cfg.num_classes else None
     few = training.TrainState(cfg.replace(epochs=6 * cfg.batch_size / len(images)), copy.deepcopy(model), device)
-    next(training.train(few, images, labels=labels))  # the first step of a GPU also loads and chooses its kernels
-    for record in training.train(few, images, labels=labels):  # noqa: B007
+    next(runs.train(few, images, labels=labels))  # the first step of a GPU also loads and chooses its kernels
+    for record in runs.train(few, images, labels=labels):  # noqa: B007
         pass
     seen = min(record.images_per_second * seconds, cfg.epochs * len(images))
     state = training.TrainState(cfg.replace(epochs=max(1e-6, seen / len(images))), model, device)
-    for record in training.train(state, images, labels=labels):  # noqa: B007
+    for record in runs.train(state, images, labels=labels):  # noqa: B007
         pass
     print(f"weights: trained {record.step:,} steps, loss {record.loss:.3f}")
     return state.ema.model

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoints, data, runtime, training
+from .. import checkpoints, data, runs, runtime, training
 from ..config import TrainConfig
 from ..evaluation import class_probabilities, extract_features, train_classifier
 from . import CLASSIFIER, FOLDER, build
@@ -42,7 +42,7 @@ def make(name: str) -> Path:
         print(f"{name}: goes on from step {state.step}, after {minutes:.1f} minutes")
     start = time.perf_counter() - 60 * minutes
     labels = train_set.labels if cfg.num_classes else None
-    for record in training.train(state, train_set.images, test_set.images[:2048], folder, 250, labels):
+    for record in runs.train(state, train_set.images, test_set.images[:2048], folder, 250, labels):
         if record.held_out is not None:
             minutes = (time.perf_counter() - start) / 60
             minutes_file.write_text(json.dumps(minutes))
