@@ -189,7 +189,7 @@ def test_ours_is_the_packages_own_training_bit_for_bit(fast):
     made = contestant("ours", 640)
     state = training.TrainState(made.cfg, contestant("ours", 640).model)
     total = made.cfg.steps(640)
-    for record in training.train(state, pictures(640)):
+    for record in runs.train(state, pictures(640)):
         assert record.total == total == 20
         made.step(record.step / total - 1 / total)
     assert torch.equal(weights(made.model), weights(state.model))

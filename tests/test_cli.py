@@ -22,8 +22,8 @@ from test_config import OTHER
 from test_training import same
 
 from ddpm_utils import __main__ as command
-from ddpm_utils import checkpoints, config, data, distributed, evaluation, plots, pretrained, runtime, training
-from ddpm_utils.cli import drawing, flags, losslog, progress
+from ddpm_utils import checkpoints, config, data, distributed, evaluation, plots, pretrained, runs, runtime, training
+from ddpm_utils.cli import drawing, flags, losslog
 from ddpm_utils.cli import sample as sample_command
 from ddpm_utils.cli import train as train_command
 from ddpm_utils.config import TrainConfig
@@ -111,7 +111,7 @@ def test_the_losses_are_a_row_a_step_and_lossless(whole, tmp_path):
     images, held_out = data.load_images("digits", image_size=8), data.load_images("digits", "test", image_size=8)
     runtime.seed_everything(cfg.seed)
     state = training.TrainState(cfg, pretrained.build(cfg))
-    records = list(training.train(state, images.images, held_out.images[:512]))
+    records = list(runs.train(state, images.images, held_out.images[:512]))
     for row, record in zip(table, records, strict=True):
         assert torch.tensor(float(row["loss"])) == record.loss_tensor  # to the last bit of a float32
         assert not row["held_out"] or float(row["held_out"]) == pytest.approx(record.held_out, rel=1e-8)
@@ -660,7 +660,7 @@ def _examples(text: str) -> list[str]:
 
 
 def record(step, loss=0.5, held_out=None):
-    return training.StepRecord(step, 10, torch.tensor(loss), 1e-3, 100.0, held_out)
+    return runs.StepRecord(step, 10, torch.tensor(loss), 1e-3, 100.0, held_out)
 
 
 def test_rows_after_the_checkpoint_and_torn_rows_are_cut(tmp_path):

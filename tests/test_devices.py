@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_utils import checkpoints, config, evaluation, oracle, runtime, training
+from ddpm_utils import checkpoints, config, evaluation, oracle, runs, runtime, training
 from ddpm_utils.exercises import (
     float64,
     lesson_01,
@@ -249,10 +249,10 @@ def test_a_streamed_batch_is_picked_on_the_cpu(tiny, net, monkeypatch):
     )
     state = training.TrainState(cfg, net(cfg))
     state.device = torch.device("cpu", 0)  # written "cpu:0", so that it can be told from the default
-    list(training.train(state, Streamed()))
+    list(runs.train(state, Streamed()))
     assert len(asked) == 6 and set(devices) == {"cpu"}
     devices.clear()
     state = training.TrainState(cfg, net(cfg))
     state.device = torch.device("cpu", 0)
-    list(training.train(state, images))
+    list(runs.train(state, images))
     assert set(devices) == {"cpu:0"}  # a tensor's batches are picked where it lies

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ddpm_utils import __main__ as command
-from ddpm_utils import checkpoints, config, data, diffusion, pretrained, recipes, training
+from ddpm_utils import checkpoints, config, data, diffusion, pretrained, recipes, runs, training
 from ddpm_utils.cli import drawing
 from ddpm_utils.cli import sample as sample_command
 from ddpm_utils.config import TrainConfig
@@ -103,7 +103,7 @@ def test_training_and_measuring_take_pictures_of_the_configs_range(tiny, net, mo
         monkeypatch.setattr(room, "q_sample", watch)
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     images[..., 0] = 255
-    for _ in training.train(training.TrainState(cfg, net(cfg)), images, images):
+    for _ in runs.train(training.TrainState(cfg, net(cfg)), images, images):
         pass
     assert len(seen) == 4  # a training step and a measurement, lowest and highest values of each
     assert {value for x in seen for value in x.tolist()} == {low, 1}
