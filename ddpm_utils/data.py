@@ -268,7 +268,7 @@ def _choose(dataset: str, override: Path | None, own: Path) -> tuple[Path | None
         )
     folder = raw_folder(dataset, own)
     files = read_files(dataset, folder)
-    if not files.whole and _download(dataset, folder, files):
+    if not files.whole and _download(dataset, own):
         files = read_files(dataset, folder)
     if files.whole:
         return own, files
@@ -287,11 +287,13 @@ def _parse(contents: dict[str, bytes], split: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images.reshape(len(labels), 1, 28, 28).copy()), torch.from_numpy(labels.astype(np.int64))
 
 
-def _download(dataset: str, folder: Path, found: Files) -> bool:
-    """Fetch into `folder` what `found` lacks, from a mirror that answers within 5 s. True if that worked.
+def _download(dataset: str, root: Path) -> bool:
+    """Fetch what the set below `root` lacks, from a mirror that answers within 5 s. True if that worked.
 
-    Nothing in `folder` changes before all files have arrived whole, and no file of the user is deleted.
+    No file there changes before all new ones have arrived whole, and none of the user's is deleted.
     """
+    folder = raw_folder(dataset, root)
+    found = read_files(dataset, folder)
     wanted = [file for file in CONTENTS[dataset] if file not in found.contents]
     for mirror in _answering(_mirrors(dataset), wanted[0]):
         try:
