@@ -32,6 +32,15 @@ from .data import ImageSet, image_digests
 # Pillow's names. Formats without a signature are left out: noise would be read as an image.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "QOI")
 MODES = {1: "L", 3: "RGB"}
+TURNS = {  # EXIF's orientation, and what makes the image upright
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 MOST_NAMED = 5  # files or folders that are named before the rest is counted
 LARGEST_SHARE = 0.25  # of the free memory for the tensor of all images; making it takes twice that
 HELD_OUT_EVERY, MOST_HELD_OUT = 50, 1000  # one image in 50 is held out, but about 1,000 at most
@@ -53,9 +62,9 @@ def read_image(path: Path | str, image_size: int, channels: int = 3, pad: int = 
     """One file as (channels, image_size, image_size) uint8.
 
     The image is turned upright, scaled to fit its shorter side, and cropped in the center. What is
-    transparent becomes white; the outermost `pad` pixels are black. The first frame is read of an
-    animation. Raises ValueError on bad numbers and on pixels without an agreed range (floats,
-    32-bit integers), and whatever Pillow raises on a file that is no image or is damaged.
+    transparent becomes white; the outermost `pad` pixels are black. Only the first frame of an
+    animation is read. Raises ValueError on bad numbers and on pixels without an agreed range
+    (floats, 32-bit integers), and what Pillow raises on a file that is no image or is damaged.
     """
     _check_form(image_size, channels, pad)
     with _quiet():
@@ -219,7 +228,7 @@ class _Reader(Dataset):
 
 def _gone(path: Path, reason: str) -> str:
     """About a file that was there: to leave it out now would change which batch holds what."""
-    return f"{_printable(path)} cannot be read ({reason}): put the file back as it was before"
+    return f"{_printable(path)} cannot be read ({reason}): put the file back as it was"
 
 
 def _ignore_stop(worker: int) -> None:
@@ -301,18 +310,16 @@ def _walk(listing: _Listing, shown: str) -> Iterator[tuple[Path, list[str]]]:
     for start in starts:
         for where, below, names in os.walk(start, onerror=closed):
             here, real = Path(where), os.path.realpath(where)
-            own = _is_own(here, names)
+            known, own = real in entered, _is_own(here, names)
+            entered.add(real)
             if own and real == root:
                 raise ValueError(f"{shown} {own}: choose a folder that holds only your images")
+            if own and not known:
+                listing.runs.append(listing.name(here))
             # A link to a folder around the root would bring in what lies beside the root.
-            around = real != root and Path(root).is_relative_to(real)
-            if real in entered or around or own:
-                if own and real not in entered:
-                    listing.runs.append(listing.name(here))
-                entered.add(real)
+            if own or known or (real != root and Path(root).is_relative_to(real)):
                 below.clear()
                 continue
-            entered.add(real)
             below[:] = sorted(name for name in below if not _is_hidden(name))
             starts += [here / name for name in below if os.path.islink(here / name)]
             yield here, names
@@ -456,11 +463,7 @@ def _decode(path: Path, image_size: int, channels: int, pad: int) -> Tensor:
     with Image.open(path, formats=_formats()) as file:
         # lets a JPEG decode at a fraction of its size
         file.draft(MODES[channels], (2 * size, 2 * size))
-        image = _eight_bits(file)
-        turn = _turn(file)
-    if turn is not None:
-        image = image.transpose(turn)
-    image = image.convert(MODES[channels])
+        image = _upright(_eight_bits(file), file).convert(MODES[channels])
     image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image)).view(size, size, channels)
     return F.pad(pixels.movedim(2, 0), [pad] * 4).contiguous()
@@ -497,33 +500,22 @@ def _eight_bits(file):
 
 def _scale_clear_color(file) -> None:
     """Bring the transparent color of a PNG to 8 bits, as Pillow does with the pixels alone."""
-    if file.format != "PNG" or "transparency" not in file.info:
-        return
-    color = file.info["transparency"]
-    unit = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(file.tile[0][3], 1)
-    if isinstance(color, tuple):
-        file.info["transparency"] = tuple(int(unit * value) for value in color)
-    elif isinstance(color, int):
-        file.info["transparency"] = unit * color
+    if file.format == "PNG" and "transparency" in file.info:
+        color, raw = file.info["transparency"], file.tile[0][3]
+        if raw == "RGB;16B":
+            file.info["transparency"] = tuple(value >> 8 for value in color)
+        elif raw in ("L;2", "L;4"):
+            file.info["transparency"] = color * (85 if raw == "L;2" else 17)
 
 
-def _turn(file):
-    """How a loaded image must be transposed to stand upright, or None."""
+def _upright(image, file):
+    """`image`, turned as the EXIF block of `file` says, which may be damaged elsewhere."""
     from PIL.Image import Transpose
 
-    try:
+    orientation = None
+    with contextlib.suppress(Exception):  # a damaged block costs no image
         orientation = file.getexif().get(0x0112)
-    except Exception:  # a damaged EXIF block costs no image
-        return None
-    return {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }.get(orientation)
+    return image.transpose(Transpose[TURNS[orientation]]) if orientation in TURNS else image
 
 
 def _attempt(path: Path, form: tuple[int, int, int]) -> Tensor | str:
@@ -567,13 +559,7 @@ def _decode_all(
                 rows.append(found)
             if progress is not None:
                 progress(i + 1, len(paths))
-    shape = _row_shape(form, only_digests)
-    return (torch.stack(rows) if rows else torch.empty(0, *shape, dtype=torch.uint8)), bad
-
-
-def _row_shape(form: tuple[int, int, int], only_digests: bool) -> tuple[int, ...]:
-    image_size, channels, _ = form
-    return (8,) if only_digests else (channels, image_size, image_size)
+    return torch.stack(rows) if rows else torch.empty(0), bad
 
 
 def _read_all(
@@ -584,10 +570,10 @@ def _read_all(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Tensor, list[Path]]:
     """Rows as in `_decode_all`, from the cache if it holds them, and the paths of these images."""
-    paths = listing.paths
-    name = f"{_fingerprint(listing, form)}-{'digests' if only_digests else 'images'}.pt"
-    cache = runtime.data_dir() / "folders" / name
-    rows, bad = _kept(cache, len(paths), _row_shape(form, only_digests)) or (None, {})
+    paths, (size, channels, _) = listing.paths, form
+    kind, shape = ("digests", (8,)) if only_digests else ("images", (channels, size, size))
+    cache = runtime.data_dir() / "folders" / f"{_fingerprint(listing, form)}-{kind}.pt"
+    rows, bad = _kept(cache, len(paths), shape) or (None, {})
     with _quiet():  # what failed before may have failed for lack of permission or of memory
         mended = any(isinstance(_attempt(paths[i], form), Tensor) for i in bad)
     if rows is None or mended:
