@@ -67,4 +67,4 @@ address: $(VENV)/run
 	@$(BIN)/python tools/lessons.py address -- "$$REPO"
 
 clean:
-	rm -rf $(VENV) outputs checkpoints
+	rm -rf $(VENV) outputs checkpoints build dist
