@@ -155,7 +155,7 @@ def make_folder(folder: Path | str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         _write_one_byte(folder)
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise _cannot_write(folder, error) from None
     return folder
 
 
@@ -165,7 +165,7 @@ def check_folder(folder: Path | str) -> None:
     try:
         _write_one_byte(next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path)))
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise _cannot_write(folder, error) from None
 
 
 def _write_one_byte(folder: Path) -> None:
