@@ -543,6 +543,29 @@ def test_all_cells_twice_in_one_kernel(lesson, tmp_path):
     run_in_fast_mode(notebook, tmp_path, PYTHONPATH=str(ROOT))
 
 
+# Numbers that depend on the clock or on the memory of the machine.
+UNSTEADY = re.compile(r"\d[\d.,]*(?= *(s|ms|images/s|GiB|pictures a second|thousand million)\b)")
+
+
+def steady_part(cell):
+    """What a cell printed, without times and speeds; nothing where a network was trained for so many seconds."""
+    text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    return "" if "weights: trained" in text else re.sub(r" +", " ", UNSTEADY.sub("#", text))
+
+
+@pytest.mark.slow
+@every_lesson
+def test_every_cell_run_again_says_the_same(lesson, tmp_path):
+    """Each cell runs twice before the next one does."""
+    notebook, cells = read_lesson(lesson), []
+    for i, cell in enumerate(code_cells(notebook)):
+        cells += [nbformat.from_dict({**cell, "id": f"{run}-{i}"}) for run in ("first", "again")]
+    notebook.cells = cells
+    run_in_fast_mode(notebook, tmp_path, PYTHONPATH=str(ROOT))
+    for first, again in zip(cells[::2], cells[1::2], strict=True):
+        assert steady_part(first) == steady_part(again), first.source
+
+
 @pytest.mark.slow
 @every_lesson
 def test_without_any_data(lesson, tmp_path):
