@@ -49,7 +49,7 @@ CONTENTS = {
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images: (N, C, H, W) uint8; labels: (N,) long; classes: a name a label; title: what they are; source: where from."""
+    """images: (N, C, H, W) uint8; labels: (N,) long; classes: a name per label; title: what they are; source: where from."""
 
     images: Tensor
     labels: Tensor

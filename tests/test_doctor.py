@@ -79,7 +79,7 @@ def small_set(quick, monkeypatch, tmp_path):
 def problem_of(capsys) -> str:
     """The one problem that the doctor names, after it has reported that there is one."""
     assert command.main(["doctor"]) == 1
-    (problem,) = capsys.readouterr().out.split("To mend:")[1].strip().splitlines()
+    (problem,) = capsys.readouterr().out.split("To fix:")[1].strip().splitlines()
     return problem
 
 
@@ -145,7 +145,7 @@ def test_a_checkout_that_cannot_be_written_to_is_told_with_three_cures(quick, mo
 
     monkeypatch.setattr(tempfile, "TemporaryFile", fail)
     assert command.main(["doctor"]) == 1
-    problems = capsys.readouterr().out.split("To mend:")[1].strip().splitlines()
+    problems = capsys.readouterr().out.split("To fix:")[1].strip().splitlines()
     variables = ["DDPM_OUTPUT_DIR", "DDPM_CHECKPOINT_DIR", "DDPM_DATA_DIR"]
     assert len(problems) == 3
     assert all(f"set {name} to" in line for name, line in zip(variables, problems, strict=True))
@@ -219,4 +219,4 @@ def test_it_works_without_torch(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1 and "torch" in done.stdout and "To mend:" in done.stdout and done.stderr == ""
+    assert done.returncode == 1 and "torch" in done.stdout and "To fix:" in done.stdout and done.stderr == ""

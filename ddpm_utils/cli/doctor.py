@@ -160,5 +160,5 @@ def run(options=None) -> int:
         except Exception as error:  # one line for each, and on to the next
             problems.append(f"{type(error).__name__}: {error}")
     problems = list(dict.fromkeys(problems))  # several checks may fail for one reason
-    print("\n".join(["", "To mend:", *(f"  {problem}" for problem in problems)]) if problems else "\nAll is well.")
+    print("\n".join(["", "To fix:", *(f"  {problem}" for problem in problems)]) if problems else "\nAll is well.")
     return 1 if problems else 0
