@@ -472,11 +472,19 @@ def test_a_damaged_exif_block_costs_neither_the_image_nor_its_turn(own_folders, 
     }
     for name, block in blocks.items():
         lying.save(tmp_path / f"{name}.{suffix}", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + block)
-    lying.save(tmp_path / f"x.{suffix}", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01")
+    for i, block in enumerate((b"MM\0*\0\0\0\x08\0\x09\x01", b"MM\0*\0\0", b"neither II nor MM")):
+        lying.save(tmp_path / f"x{i}.{suffix}", exif=b"Exif\0\0" + block)
     found = load_folder(tmp_path, 20, 1).images.float()
-    assert len(found) == 3 and "cannot be read" not in capsys.readouterr().out
+    assert len(found) == 5 and "cannot be read" not in capsys.readouterr().out
     assert found[:2, :, :8].mean() > 250 and found[:2, :, 12:].mean() < 5
-    assert found[2, :, :, :8].mean() > 250 and found[2, :, :, 12:].mean() < 5  # its block says nothing
+    # the others say nothing that can be read
+    assert found[2:, :, :, :8].mean() > 250 and found[2:, :, :, 12:].mean() < 5
+
+
+def test_noise_is_not_taken_for_a_format_without_a_signature(tmp_path):
+    flat("red").save(tmp_path / "a.png", format="TGA")
+    with pytest.raises(OSError, match="cannot identify"):
+        read_image(tmp_path / "a.png", 8)
 
 
 @pytest.mark.parametrize(

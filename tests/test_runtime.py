@@ -239,3 +239,45 @@ def test_an_installed_copy_writes_nothing_beside_the_package(own_folders, tmp_pa
 
 def test_this_checkout_is_recognized():
     assert runtime.IN_CHECKOUT
+
+
+def in_a_notebook(*cells):
+    """What each cell prints, run one after the other in one IPython shell."""
+    program = (
+        "import contextlib, io\n"
+        "from IPython.core.interactiveshell import InteractiveShell\n"
+        "shell = InteractiveShell.instance()\n"
+        f"for cell in {list(cells)!r}:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as said:\n"
+        "        shell.run_cell(cell, store_history=False).raise_error()\n"
+        "    print(said.getvalue().strip().replace(chr(10), ' '))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+START = "from ddpm_utils import runtime; import torch, random, numpy as np; device, rng = runtime.start(SEED, 'cpu')"
+OWN = "print(torch.rand(1, generator=rng).item())"
+GLOBAL = "print(torch.rand(1).item(), random.random(), np.random.rand())"
+
+
+@pytest.mark.parametrize(
+    "cell", [OWN, GLOBAL, "more = torch.Generator().manual_seed(5); print(torch.rand(1, generator=more))"]
+)
+def test_a_cell_that_runs_again_draws_the_same_numbers(cell):
+    other = "print(torch.rand(3, generator=rng), torch.rand(2))"
+    *_, first, again, after, back, after_again = in_a_notebook("SEED = 0", START, cell, cell, other, cell, other)
+    assert first == again == back and after == after_again
+    *_, plain = in_a_notebook("SEED = 0", START, cell, other)
+    assert after == plain  # the second run changed nothing for the cells below
+
+
+def test_a_restart_with_another_seed_forgets_what_cells_drew():
+    *_, zero, _, _, seven = in_a_notebook("SEED = 0", START, OWN, "SEED = 7", START, OWN)
+    *_, fresh = in_a_notebook("SEED = 7", START, OWN)
+    assert seven == fresh != zero
+
+
+def test_a_loop_in_one_cell_still_draws_new_numbers():
+    *_, said = in_a_notebook("SEED = 0", START, "print(*[torch.rand(1, generator=rng).item() for _ in range(3)])")
+    assert len(set(said.split())) == 3
