@@ -8,6 +8,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=1 DDPM_OUTPUT_DIR="$(CURDIR)/outputs/test" DDPM_CHECKPOINT_DIR="$(CURDIR)/outputs/test/checkpoints"
 COPIES := outputs/test/lessons
 
+# Values that people give reach the shell as text: no part of them is run.
+override REPO := $(value REPO)
+override LESSON := $(value LESSON)
+export REPO LESSON
+
 .PHONY: help run lab test test-all render pretrained doctor address clean
 
 help:
@@ -36,7 +41,7 @@ $(VENV)/test: $(VENV)/run requirements-test.txt
 	@touch $@
 
 run: $(VENV)/run
-	$(BIN)/python tools/lessons.py run $(LESSON)$(if $(ALL), --all)
+	$(BIN)/python tools/lessons.py run $(if $(ALL),--all) -- $$LESSON
 
 lab: $(VENV)/run
 	$(BIN)/jupyter lab notebooks
@@ -52,7 +57,7 @@ test-all: test
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto -m slow --durations=10 tests
 
 render: $(VENV)/run
-	$(BIN)/python tools/lessons.py render $(LESSON)
+	$(BIN)/python tools/lessons.py render -- $$LESSON
 
 pretrained: $(VENV)/run
 	$(BIN)/python -m ddpm_utils.pretrained.make
@@ -61,10 +66,8 @@ doctor: $(VENV)/run
 	$(BIN)/python -m ddpm_utils doctor
 
 # Through the environment and as it was typed, so that neither make nor the shell runs what stands in it.
-override REPO := $(value REPO)
-export REPO
 address: $(VENV)/run
 	@$(BIN)/python tools/lessons.py address -- "$$REPO"
 
 clean:
-	rm -rf $(VENV) outputs checkpoints
+	rm -rf $(VENV) outputs checkpoints build dist

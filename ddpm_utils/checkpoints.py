@@ -4,7 +4,6 @@ import contextlib
 import copy
 import io
 import os
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -76,14 +75,10 @@ def save(path: Path | str, state) -> Path:
 
 def check_writable(folder: Path | str) -> None:
     """Make `folder`; raise NotSaved before the first step, rather than after hours, if nothing can be written to it."""
-    folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        runtime.make_folder(folder)
     except OSError as error:
-        raise NotSaved(
-            f"{runtime.short_path(folder)} cannot be written to ({error.strerror}): choose another folder"
-        ) from error
+        raise NotSaved(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -1,13 +1,17 @@
-"""Images as one uint8 tensor, found on the first rung of a ladder that holds, and the two functions that change their range.
+"""Images as one uint8 tensor, and the two functions that change their range.
 
-The rungs: the folder in `DDPM_DATA_DIR`; `data/` beside the package; a download into it; scikit-learn's digits.
+Data sources, tried in order: the folder in `DDPM_DATA_DIR`; the project's own data folder, see `runtime.data_dir`;
+a download into it; scikit-learn's digits. A source is taken for both splits or for none.
 """
 
 import gzip
 import hashlib
+import os
 import socket
+import tempfile
 import threading
 import urllib.request
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,11 +29,27 @@ FILES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
     "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
 }
+# SHA-256 of the unpacked files. The published checksums are those of the packed ones, which change
+# when somebody packs the same content again.
+CONTENTS = {
+    "fashion_mnist": {
+        "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    },
+    "mnist": {
+        "train-images-idx3-ubyte.gz": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte.gz": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte.gz": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte.gz": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+}
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images: (N, C, H, W) uint8; labels: (N,) long; classes: a name a label; title: what they are; source: where from."""
+    """images: (N, C, H, W) uint8; labels: (N,) long; classes: a name per label; title: what they are; source: where from."""
 
     images: Tensor
     labels: Tensor
@@ -58,7 +78,7 @@ def to_model_range(images: Tensor, data_range: str = "symmetric") -> Tensor:
 
 
 def to_symmetric(x: Tensor, data_range: str) -> Tensor:
-    """Pictures that a network of this `data_range` drew → [−1, 1], in which all else takes them."""
+    """Images that a network of this `data_range` drew → [−1, 1], the range of all other code."""
     return 2 * x - 1 if data_range == "unit" else x
 
 
@@ -98,11 +118,19 @@ def digest(images) -> str:
 def load_images(
     dataset: str = "fashion_mnist", split: str = "train", image_size: int = 28, pad: int = 0, say: bool = True
 ) -> ImageSet:
-    """Fashion-MNIST, MNIST or the digits, grey, resized to image_size − 2·pad and then padded with black to image_size.
+    """Fashion-MNIST, MNIST or the digits, gray, resized to image_size − 2·pad and padded with black to image_size.
 
-    Walks the ladder and says in one line which rung held; with no network it ends at scikit-learn's digits and raises nothing.
+    Tries the data sources in order and says in one line which one it took, which `say=False` leaves out.
+    The last one is scikit-learn's digits, which need no file and no network; that another data set was
+    taken than the one asked for is said even with `say=False`, and shows in the title.
+
+    A source is taken only if all four files of both splits are there, packed (.gz) or not, with the
+    published content. The source chosen for one split stands for the other; it is chosen anew when the
+    split that it was chosen for is loaded again.
+
     `pad=2` with `image_size=32` turns 28×28 into 32×32 without resampling.
-    Raises ValueError on an unknown name or split, and on a damaged file in `DDPM_DATA_DIR`, which is yours to mend.
+    Raises ValueError on an unknown name or split, on a set in `DDPM_DATA_DIR` of which some files are
+    missing or damaged, and if files of the other split's source have gone bad since.
     """
     if dataset not in TITLES or split not in FILES:
         raise ValueError(
@@ -111,13 +139,14 @@ def load_images(
     if pad < 0 or image_size <= 2 * pad:
         raise ValueError(f"image_size={image_size} with pad={pad} leaves no pixels: keep 0 ≤ pad < image_size / 2")
     found = None if dataset == "digits" else _from_folders(dataset, split)
+    fell_back = dataset != "digits" and found is None
     if found is None:
         images, labels, source = *_digits(split), "the scikit-learn package"
-        dataset, asked = "digits", dataset
-        if asked != "digits":
-            source += f", because {TITLES[asked]} is neither on disk nor to be downloaded"
     else:
         images, labels, source = found
+    if fell_back:
+        source += f", because {TITLES[dataset]} is neither on disk nor to be downloaded"
+        dataset = "digits"
     inner = image_size - 2 * pad
     if images.shape[-1] != inner:
         images = (
@@ -127,7 +156,7 @@ def load_images(
             .to(torch.uint8)
         )
     images = F.pad(images, [pad] * 4)
-    if say:
+    if say or fell_back:
         print(
             f"data: {TITLES[dataset]}, {split} split, {len(images):,} images of {image_size}×{image_size}, from {source}"
         )
@@ -140,93 +169,215 @@ def raw_folder(dataset: str, root: Path) -> Path:
     return root / TITLES[dataset].replace("-", "") / "raw"
 
 
-def damaged_files(dataset: str, root: Path, splits=tuple(FILES)) -> list[str] | None:
-    """None if a file of the splits is missing under `root`; else those whose checksum is not the published one."""
-    from torchvision.datasets.utils import check_integrity
+@dataclass(frozen=True)
+class Files:
+    """What `read_files` found: contents of the good files, missing names, a reason for each damaged one."""
 
-    folder, files = raw_folder(dataset, root), [file for split in splits for file in FILES[split]]
-    if not all((folder / file).is_file() for file in files):
-        return None
-    checksums = dict(_torchvision_class(dataset).resources)
-    return [file for file in files if not check_integrity(str(folder / file), checksums[file])]
+    contents: dict[str, bytes]
+    missing: list[str]
+    damaged: dict[str, str]
+
+    @property
+    def whole(self) -> bool:
+        return not self.missing and not self.damaged
+
+    @property
+    def absent(self) -> bool:
+        return not self.contents and not self.damaged
+
+    def problems(self) -> str:
+        """What is wrong, in a few words with the names of the files."""
+        damaged = [f"{file} ({reason})" for file, reason in self.damaged.items()]
+        kinds = {"missing": self.missing, "damaged": damaged}
+        return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+
+
+def read_files(dataset: str, folder: Path, splits=tuple(FILES)) -> Files:
+    """Read the files of the splits in `folder` and check their contents.
+
+    Each may be packed (.gz) or not; one good form is enough.
+    """
+    found = Files({}, [], {})
+    for file in (file for split in splits for file in FILES[split]):
+        forms = [path for path in (folder / file, folder / file.removesuffix(".gz")) if os.path.lexists(path)]
+        reasons = {}
+        for path in forms:
+            try:
+                found.contents[file] = _unpacked(path, CONTENTS[dataset][file])
+                break
+            except ValueError as error:
+                reasons[path.name] = str(error)
+        if not forms:
+            found.missing.append(file)
+        elif file not in found.contents:
+            found.damaged.update(reasons)
+    return found
+
+
+def _unpacked(path: Path, sha256: str) -> bytes:
+    """The content of a file, whether it is a gzip file or not. Raises ValueError with the reason if it is damaged."""
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):  # a browser may have unpacked it and kept the name
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"it cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError("its content is not the published one")
+    return content
+
+
+# The root that was chosen for a data set, None for the digits, and the split of that call.
+_chosen: dict[tuple, tuple[Path | None, str]] = {}
 
 
 def _from_folders(dataset: str, split: str) -> tuple[Tensor, Tensor, str] | None:
-    """Images, labels and source from the first rung that is a folder and holds, or None."""
+    """Images, labels and source from the first source that holds the whole set in files, or None.
+
+    The other split comes from the same source, even if a better one can be reached by now: two data
+    sets in one run would be worse.
+    """
     override, own = runtime.data_dir_override(), runtime.data_dir()
-    if override is not None:
-        damaged = damaged_files(dataset, override, [split])
-        if damaged:
+    key = (dataset, override, own)
+    root, first = _chosen.get(key, (None, split))
+    if first == split:
+        _chosen.pop(key, None)
+        root, files = _choose(dataset, override, own)
+        _chosen[key] = root, split
+    elif root is not None:
+        folder = raw_folder(dataset, root)
+        files = read_files(dataset, folder, [split])
+        if not files.whole:
             raise ValueError(
-                f"{damaged[0]} in {raw_folder(dataset, override)} is damaged (its checksum is not the published one): "
-                "replace it, or unset DDPM_DATA_DIR"
+                f"{folder} held all of {TITLES[dataset]} when the {first} split was loaded and does not now "
+                f"({files.problems()}): put the files back, or load both splits again"
             )
-        if damaged is not None:
-            return *_read(split, raw_folder(dataset, override)), "DDPM_DATA_DIR"
-        print(f"data: no {TITLES[dataset]} in DDPM_DATA_DIR ({runtime.short_path(override)}), looking further")
-    damaged = damaged_files(dataset, own, [split])
-    for file in damaged or ():
-        print(f"data: {file} in {runtime.short_path(own)} is damaged and will be replaced")
-        (raw_folder(dataset, own) / file).unlink()
-    if damaged != [] and not (_download(dataset, own) and damaged_files(dataset, own, [split]) == []):
+    if root is None:
         return None
-    return *_read(split, raw_folder(dataset, own)), runtime.short_path(own)
+    source = "DDPM_DATA_DIR" if root == override else runtime.short_path(own)
+    return *_parse(files.contents, split), source
 
 
-def _torchvision_class(dataset: str):
-    import torchvision  # a second or two: paid only by those who look for these sets
+def _choose(dataset: str, override: Path | None, own: Path) -> tuple[Path | None, Files]:
+    """The first root below which the whole set lies, after a download if need be, or None; and its files."""
+    title = TITLES[dataset]
+    if override is not None:
+        folder = raw_folder(dataset, override)
+        files = read_files(dataset, folder)
+        if files.whole:
+            return override, files
+        if not files.absent:
+            raise ValueError(
+                f"{folder} does not hold all of {title} ({files.problems()}): "
+                "add or replace these files, or unset DDPM_DATA_DIR"
+            )
+        inside = folder.relative_to(override).as_posix()
+        print(
+            f"data: no {title} in DDPM_DATA_DIR ({inside} in {runtime.short_path(override)} "
+            "holds none of its files), looking further"
+        )
+    folder = raw_folder(dataset, own)
+    files = read_files(dataset, folder)
+    if not files.whole and _download(dataset, own):
+        files = read_files(dataset, folder)
+    if files.whole:
+        return own, files
+    print(
+        f"data: {runtime.short_path(folder)} does not hold all of {title} ({files.problems()}): "
+        "put these files there, packed (.gz) or not"
+    )
+    return None, files
 
-    return {"fashion_mnist": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST}[dataset]
 
-
-def _read(split: str, folder: Path) -> tuple[Tensor, Tensor]:
-    """The two IDX files of a split: a header of 16 (images) or 8 bytes (labels), then one byte a value."""
+def _parse(contents: dict[str, bytes], split: str) -> tuple[Tensor, Tensor]:
+    """The two IDX files of a split: a header of 16 (images) or 8 bytes (labels), then one byte per value."""
     image_file, label_file = FILES[split]
-    labels = np.frombuffer(gzip.decompress((folder / label_file).read_bytes()), np.uint8, offset=8)
-    images = np.frombuffer(gzip.decompress((folder / image_file).read_bytes()), np.uint8, offset=16)
+    labels = np.frombuffer(contents[label_file], np.uint8, offset=8)
+    images = np.frombuffer(contents[image_file], np.uint8, offset=16)
     return torch.from_numpy(images.reshape(len(labels), 1, 28, 28).copy()), torch.from_numpy(labels.astype(np.int64))
 
 
 def _download(dataset: str, root: Path) -> bool:
-    """Fetch the set into `root` through torchvision if one of its mirrors answers within 5 s. True if that worked."""
-    cls = _torchvision_class(dataset)
+    """Fetch what the set below `root` lacks, from a mirror that answers within 5 s. True if that worked.
+
+    No file there changes before all new ones have arrived whole, and none of the user's is deleted.
+    """
+    folder = raw_folder(dataset, root)
+    found = read_files(dataset, folder)
+    wanted = [file for file in CONTENTS[dataset] if file not in found.contents]
+    for mirror in _answering(_mirrors(dataset), wanted[0]):
+        try:
+            runtime.make_folder(folder)
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
+                _fetch(mirror, wanted, Path(temporary))
+                good = read_files(dataset, Path(temporary)).contents
+                wrong = [file for file in wanted if file not in good]
+                if wrong:
+                    raise ValueError(f"damaged at {mirror}: {', '.join(wrong)}")
+                kept = _set_aside([folder / file for file in wanted if file in found.damaged])
+                for file in wanted:
+                    os.replace(Path(temporary, file), folder / file)
+        except Exception as error:  # whatever the network or the disk does, there is one more source
+            print(f"data: the download of {TITLES[dataset]} failed ({type(error).__name__}: {error})")
+            continue
+        aside = f"; the damaged files that they replace are kept in {runtime.short_path(kept)}" if kept else ""
+        print(f"data: downloaded {', '.join(wanted)} into {runtime.short_path(folder)}{aside}")
+        return True
+    return False
+
+
+def _mirrors(dataset: str) -> list[str]:
+    import torchvision  # a second or two: paid only by those who download
+
+    classes = {"fashion_mnist": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST}
+    return classes[dataset].mirrors
+
+
+def _answering(mirrors: list[str], file: str) -> list[str]:
+    """Those mirrors that have the file and say so within 5 s."""
     answers = []
 
-    def knock(url):
+    def ask(mirror: str) -> None:
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=4):
-                answers.append(url)
-        except Exception as error:  # whatever the network does, the ladder has one more rung
-            answers.append(error)
+            with urllib.request.urlopen(urllib.request.Request(mirror + file, method="HEAD"), timeout=4):
+                answers.append(mirror)
+        except Exception:  # no answer is an answer too
+            pass
 
-    # A name server that does not answer ignores every timeout that Python can set, hence threads that may be left behind.
-    doors = [
-        threading.Thread(target=knock, args=(mirror + cls.resources[0][0],), daemon=True) for mirror in cls.mirrors
-    ]
-    for door in doors:
-        door.start()
-    for door in doors:
-        door.join(timeout=5)
-    alive = [mirror for mirror in cls.mirrors if mirror + cls.resources[0][0] in answers]
-    if not alive:
-        return False
+    # A name server that does not answer ignores every timeout that Python can set,
+    # hence threads that may be left behind.
+    threads = [threading.Thread(target=ask, args=(mirror,), daemon=True) for mirror in mirrors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=5)
+    return [mirror for mirror in mirrors if mirror in answers]
+
+
+def _fetch(mirror: str, files: list[str], folder: Path) -> None:
     from torchvision.datasets.utils import download_url
 
     patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)  # torchvision itself waits for ever
+    socket.setdefaulttimeout(10)  # torchvision itself would wait forever
     try:
-        for file, checksum in cls.resources:
-            download_url(alive[0] + file, raw_folder(dataset, root), file, checksum)
-    except Exception as error:
-        print(f"data: the download of {TITLES[dataset]} failed ({type(error).__name__}: {error})")
-        return False
+        for file in files:
+            download_url(mirror + file, folder, file)
     finally:
         socket.setdefaulttimeout(patience)
-    return True
+
+
+def _set_aside(paths: list[Path]) -> Path | None:
+    """Move the files into a new folder beside them and return it, None if there are none: they may be the user's own."""
+    if not paths:
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="damaged-", dir=paths[0].parent))
+    for path in paths:
+        path.rename(folder / path.name)
+    return folder
 
 
 def _digits(split: str) -> tuple[Tensor, Tensor]:
-    """1,797 handwritten digits of 8×8 pixels and 17 greys, from scikit-learn's own files: 1,500 to train on, 297 to test on."""
+    """1,797 handwritten digits of 8×8 pixels and 17 gray levels, from scikit-learn: 1,500 to train on, 297 to test on."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()

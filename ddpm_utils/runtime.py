@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def make_folder(folder: Path | str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         _write_one_byte(folder)
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise _cannot_write(folder, error) from None
     return folder
 
 
@@ -165,7 +166,7 @@ def check_folder(folder: Path | str) -> None:
     try:
         _write_one_byte(next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path)))
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise _cannot_write(folder, error) from None
 
 
 def _write_one_byte(folder: Path) -> None:
@@ -222,10 +223,55 @@ def hardware(device: torch.device | str) -> str:
     return "Apple GPU" if device.type == "mps" else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
+# In a notebook: the state of every random generator before a cell ran for the first time, by the cell's text.
+_BEFORE_CELL: dict[str, dict] = {}
+
+
+def _random_states(names: dict) -> dict:
+    """The states of the global generators, and of every `torch.Generator` among a notebook's `names`."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002 — some library may draw from it
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+        "own": {name: value.get_state() for name, value in names.items() if isinstance(value, torch.Generator)},
+    }
+
+
+def _set_random_states(states: dict, names: dict) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["mps"] is not None:
+        torch.mps.set_rng_state(states["mps"])
+    for name, state in states["own"].items():
+        if isinstance(names.get(name), torch.Generator):
+            names[name].set_state(state)
+
+
+def _before_cell(info) -> None:
+    """Give a cell that runs again the random states of its first time, so that it draws the same numbers."""
+    names = sys.modules["IPython"].get_ipython().user_ns
+    if info.raw_cell in _BEFORE_CELL:
+        _set_random_states(_BEFORE_CELL[info.raw_cell], names)
+    else:
+        _BEFORE_CELL[info.raw_cell] = _random_states(names)
+
+
 def start(seed: int, device: str | None = None) -> tuple[torch.device, torch.Generator]:
-    """First call of a lesson: pick the device, seed everything, say both in one line, and warn if fast mode is on."""
+    """First call of a lesson: pick the device, seed everything, say both in one line, and warn if fast mode is on.
+
+    From here on, a notebook cell that is run again draws the same random numbers as the first time.
+    """
     chosen = pick_device(device)
     rng = seed_everything(seed, chosen)
+    _BEFORE_CELL.clear()
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell:
+        shell.events.register("pre_run_cell", _before_cell)  # a second registration does nothing
     print(f"device: {hardware(chosen)} · torch {torch.__version__.split('+')[0]} · seed {seed}")
     if is_fast():
         print(

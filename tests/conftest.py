@@ -62,4 +62,5 @@ def own_folders(monkeypatch, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     monkeypatch.setattr(runtime, "ROOT", root)
+    monkeypatch.setattr(runtime, "IN_CHECKOUT", True)
     return root

@@ -531,7 +531,7 @@ def test_evaluate_refuses_what_has_no_floor_before_it_draws(whole, quick_classif
         ("train --widths 10", "groups=4 does not divide widths[0]=10"),
         ("train --device tpu", "device 'tpu' is not here"),
         ("train --resume --out {tmp}/none", "no run to resume in"),
-        ("train --dataset digits --out {tmp}/file/below", "Not a directory"),
+        ("train --dataset digits --out {tmp}/file/below", "file is no folder"),
         ("train --dataset digits --image-size 30 --out {tmp}/new", "must be multiples of 4"),
         ("train --dataset digits --channels 3 --out {tmp}/new", "expected (batch, 3, height, width)"),
         ("train --dataset digits --num-classes 5 --out {tmp}/new", "num_classes=5, but scikit-learn's digits has 10"),

@@ -1,9 +1,10 @@
-"""The ladder, each rung absent, truncated and wrong, without network and without the real sets; and the two ranges."""
+"""The data sources, each absent, in part and damaged, without network and without the real sets; and the two ranges."""
 
 import functools
 import gzip
 import hashlib
 import http.server
+import os
 import socket
 import threading
 import time
@@ -19,10 +20,10 @@ REAL = runtime.data_dir_override() or runtime.data_dir()
 SIZES = {"train": 12, "test": 5}
 
 
-def write_set(folder: Path, seed: int = 0) -> list[tuple[str, str]]:
-    """Four small IDX files in `folder`, and their names and checksums as torchvision lists them."""
+def write_set(folder: Path, seed: int = 0) -> dict[str, str]:
+    """Four small IDX files in `folder`, and the SHA-256 of their contents by name, as in `data.CONTENTS`."""
     folder.mkdir(parents=True)
-    rng, resources = np.random.default_rng(seed), []
+    rng, contents = np.random.default_rng(seed), {}
     for split, n in SIZES.items():
         pixels, labels = rng.integers(0, 256, (n, 28, 28)), rng.integers(0, 10, n)
         for file, magic, shape, values in [
@@ -30,10 +31,10 @@ def write_set(folder: Path, seed: int = 0) -> list[tuple[str, str]]:
             (data.FILES[split][1], 2049, (n,), labels),
         ]:
             header = np.array([magic, *shape], ">i4").tobytes()
-            packed = gzip.compress(header + values.astype(np.uint8).tobytes(), mtime=0)
-            (folder / file).write_bytes(packed)
-            resources.append((file, hashlib.md5(packed).hexdigest()))
-    return resources
+            content = header + values.astype(np.uint8).tobytes()
+            (folder / file).write_bytes(gzip.compress(content, mtime=0))
+            contents[file] = hashlib.sha256(content).hexdigest()
+    return contents
 
 
 def contents(split: str, seed: int = 0):
@@ -99,18 +100,30 @@ def silent_mirror():
 
 
 @pytest.fixture
-def ladder(own_folders, monkeypatch, tmp_path):
-    """A ladder whose lower rungs are empty folders and whose only mirror is a closed door. Returns (own folder, make)."""
+def own(own_folders, monkeypatch, tmp_path):
+    """The project's data folder, empty, with no other source but the digits; the small set is the published one."""
     import sklearn.datasets  # noqa: F401 — here, so that no test that measures time waits for it
     import torchvision
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    resources = write_set(tmp_path / "pattern")
+    published = write_set(tmp_path / "pattern")
+    monkeypatch.setattr(data, "CONTENTS", {"fashion_mnist": published, "mnist": published})
     for cls in (torchvision.datasets.FashionMNIST, torchvision.datasets.MNIST):
-        monkeypatch.setattr(cls, "resources", resources)
         monkeypatch.setattr(cls, "mirrors", ["http://127.0.0.1:9/"])
     return own_folders / "data"
+
+
+@pytest.fixture
+def mine(own, monkeypatch, tmp_path):
+    """The small set's raw folder below the folder that DDPM_DATA_DIR names, whole."""
+    monkeypatch.setenv("DDPM_DATA_DIR", str(tmp_path / "mine"))
+    write_set(tmp_path / "mine" / "FashionMNIST" / "raw")
+    return tmp_path / "mine" / "FashionMNIST" / "raw"
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def mirrors(monkeypatch, *addresses):
@@ -128,7 +141,7 @@ def is_digits(found) -> bool:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize(("dataset", "name"), [("fashion_mnist", "FashionMNIST"), ("mnist", "MNIST")])
-def test_named_folder_good(ladder, monkeypatch, tmp_path, capsys, dataset, name, split):
+def test_named_folder_good(own, monkeypatch, tmp_path, capsys, dataset, name, split):
     write_set(tmp_path / "mine" / name / "raw")
     monkeypatch.setenv("DDPM_DATA_DIR", str(tmp_path / "mine"))
     found = data.load_images(dataset, split)
@@ -136,73 +149,194 @@ def test_named_folder_good(ladder, monkeypatch, tmp_path, capsys, dataset, name,
     assert found.images.dtype == torch.uint8 and found.labels.dtype == torch.int64
     (line,) = capsys.readouterr().out.splitlines()
     assert "DDPM_DATA_DIR" in line and data.TITLES[dataset] in line and str(SIZES[split]) in line
-    assert not ladder.exists()
+    assert not own.exists()
 
 
+@pytest.mark.parametrize("asked", ["train", "test"])
 @pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("which", [0, 1], ids=["images", "labels"])
-def test_named_folder_damaged_is_refused_by_name_and_left_alone(ladder, monkeypatch, tmp_path, which, kind):
-    raw = tmp_path / "mine" / "FashionMNIST" / "raw"
-    write_set(raw)
-    monkeypatch.setenv("DDPM_DATA_DIR", str(tmp_path / "mine"))
-    file = raw / data.FILES["train"][which]
-    left = damage(file, kind)
-    with pytest.raises(ValueError, match=rf"{file.name}.*damaged.*replace it"):
+@pytest.mark.parametrize("file", [file for files in data.FILES.values() for file in files])
+def test_named_folder_damaged_is_refused_by_name_and_left_alone(mine, own, file, kind, asked):
+    damage(mine / file, kind)
+    left = snapshot(mine)
+    with pytest.raises(ValueError, match=rf"damaged: {file} \(.*unset DDPM_DATA_DIR") as error:
+        data.load_images("fashion_mnist", asked)
+    assert str(mine) in str(error.value) and "missing" not in str(error.value)
+    assert snapshot(mine) == left and not own.exists()
+
+
+@pytest.mark.parametrize("asked", ["train", "test"])
+@pytest.mark.parametrize(
+    "gone",
+    [data.FILES["test"], data.FILES["train"], [files[1] for files in data.FILES.values()], data.FILES["train"][:1]],
+    ids=["only train", "only test", "no labels", "one file"],
+)
+def test_named_folder_with_part_of_a_set_is_refused_with_the_names_of_missing_files(mine, own, gone, asked):
+    for file in gone:
+        (mine / file).unlink()
+    write_set(own / "FashionMNIST" / "raw")  # whole, and not looked at
+    with pytest.raises(ValueError, match=rf"missing: {', '.join(gone)}\): add") as error:
+        data.load_images("fashion_mnist", asked)
+    assert str(mine) in str(error.value) and "unset DDPM_DATA_DIR" in str(error.value)
+
+
+def test_images_beside_the_labels_of_another_set_are_refused(mine, tmp_path):
+    write_set(tmp_path / "other", seed=1)
+    labels = data.FILES["train"][1]
+    os.replace(tmp_path / "other" / labels, mine / labels)
+    with pytest.raises(ValueError, match=rf"damaged: {labels} \(its content is not the published one\)"):
         data.load_images("fashion_mnist")
-    assert file.read_bytes() == left and not ladder.exists()
-    assert is_the_small_set(data.load_images("fashion_mnist", "test"), "test")  # the other split is whole
 
 
-@pytest.mark.parametrize("there", ["no folder", "empty folder", "one file of two"])
-def test_named_folder_absent_goes_on_to_the_next_rung(ladder, monkeypatch, tmp_path, capsys, there):
-    raw = tmp_path / "mine" / "FashionMNIST" / "raw"
-    if there == "empty folder":
-        raw.mkdir(parents=True)
-    elif there == "one file of two":
+def repack(path: Path) -> None:
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), compresslevel=1, mtime=7))
+
+
+def unpack(path: Path) -> None:
+    path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+    path.unlink()
+
+
+def unpack_in_place(path: Path) -> None:
+    path.write_bytes(gzip.decompress(path.read_bytes()))
+
+
+def drop_suffix(path: Path) -> None:
+    path.rename(path.with_suffix(""))
+
+
+def good_beside_damaged(path: Path) -> None:
+    path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+    damage(path, "truncated")
+
+
+def damaged_beside_good(path: Path) -> None:
+    path.with_suffix("").write_bytes(b"")
+
+
+def good_beside_folder(path: Path) -> None:
+    unpack(path)
+    path.mkdir()
+
+
+FORMS = [repack, unpack, unpack_in_place, drop_suffix, good_beside_damaged, damaged_beside_good, good_beside_folder]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("where", ["named", "own"])
+def test_any_form_of_the_published_content_is_good_and_stays_as_it_is(own, mine, monkeypatch, form, where):
+    raw = mine
+    if where == "own":
+        monkeypatch.delenv("DDPM_DATA_DIR")
+        raw = own / "FashionMNIST" / "raw"
         write_set(raw)
-        (raw / data.FILES["train"][1]).unlink()
-    monkeypatch.setenv("DDPM_DATA_DIR", str(tmp_path / "mine"))
-    write_set(ladder / "FashionMNIST" / "raw")
+    for file in list(raw.iterdir()):
+        form(file)
+    left = snapshot(raw)
+    for split in data.FILES:
+        assert is_the_small_set(data.load_images("fashion_mnist", split), split)
+    assert snapshot(raw) == left
+
+
+@pytest.mark.parametrize("there", ["no folder", "empty folder", "another set", "the folder itself"])
+def test_named_folder_without_the_set_goes_on_to_the_next_source(own, mine, monkeypatch, capsys, there):
+    if there == "another set":
+        mine.parent.rename(mine.parent.with_name("MNIST"))
+    elif there == "the folder itself":
+        monkeypatch.setenv("DDPM_DATA_DIR", str(mine))
+    else:
+        for file in mine.iterdir():
+            file.unlink()
+        if there == "no folder":
+            mine.rmdir()
+    write_set(own / "FashionMNIST" / "raw")
     found = data.load_images("fashion_mnist")
     assert is_the_small_set(found) and found.source == "data"
-    assert "no Fashion-MNIST in DDPM_DATA_DIR" in capsys.readouterr().out
+    assert "no Fashion-MNIST in DDPM_DATA_DIR (FashionMNIST/raw in " in capsys.readouterr().out
 
 
-# data/ beside the package, and the download into it
+# The project's own folder, and the download into it
 
 
-def test_own_folder_good_asks_no_mirror(ladder, monkeypatch, silent_mirror):
-    write_set(ladder / "FashionMNIST" / "raw")
+def test_own_folder_good_asks_no_mirror(own, monkeypatch, silent_mirror):
+    write_set(own / "FashionMNIST" / "raw")
     mirrors(monkeypatch, silent_mirror)
     start = time.perf_counter()
     assert is_the_small_set(data.load_images("fashion_mnist"))
     assert time.perf_counter() - start < 3
 
 
-@pytest.mark.parametrize("unpacked", [False, True], ids=["packed only", "unpacked beside"])
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_own_folder_damaged_is_replaced_by_a_download(ladder, monkeypatch, mirror, capsys, kind, unpacked):
+def test_own_folder_damaged_is_replaced_by_a_download_and_the_damaged_file_is_kept(
+    own, monkeypatch, mirror, capsys, kind
+):
     address, folder = mirror
     write_set(folder / "set")
     mirrors(monkeypatch, address + "set/")
-    raw = ladder / "FashionMNIST" / "raw"
+    raw = own / "FashionMNIST" / "raw"
     write_set(raw)
-    if unpacked:  # as torchvision leaves them
-        for file in raw.glob("*.gz"):
-            file.with_suffix("").write_bytes(gzip.decompress(file.read_bytes()))
-    damage(raw / data.FILES["train"][0], kind)
-    assert is_the_small_set(data.load_images("fashion_mnist"))
-    assert f"{data.FILES['train'][0]} in data is damaged and will be replaced" in capsys.readouterr().out
+    file = data.FILES["train"][0]
+    damaged = damage(raw / file, kind)
+    assert is_the_small_set(data.load_images("fashion_mnist", "test"), "test")
+    assert f"data: downloaded {file} into data/FashionMNIST/raw; the damaged" in capsys.readouterr().out
+    (kept,) = raw.glob("damaged-*/*")
+    assert kept.name == file and kept.read_bytes() == damaged
+    assert sorted(path.name for path in raw.iterdir() if path.is_file()) == sorted(data.CONTENTS["mnist"])
     (folder / "set").rename(folder / "gone")
     assert is_the_small_set(data.load_images("fashion_mnist"))  # from disk this time
 
 
-@pytest.mark.parametrize("first", ["good", "closed", "404"])
-def test_own_folder_absent_is_downloaded_from_the_mirror_that_has_it(ladder, monkeypatch, mirror, first):
+def test_a_folder_in_the_place_of_a_file_is_kept_too(own, monkeypatch, mirror):
     address, folder = mirror
     write_set(folder / "set")
-    before = {"good": [], "closed": ["http://127.0.0.1:9/"], "404": [address + "nothing/"]}[first]
-    mirrors(monkeypatch, *before, address + "set/")
+    mirrors(monkeypatch, address + "set/")
+    raw = own / "FashionMNIST" / "raw"
+    (raw / data.FILES["test"][1]).mkdir(parents=True)
+    (raw / data.FILES["test"][1] / "notes.txt").write_text("mine")
+    assert is_the_small_set(data.load_images("fashion_mnist"))
+    assert [path.read_text() for path in raw.glob("damaged-*/*/notes.txt")] == ["mine"]
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("server", ["closed", "wrong files", "two of four"])
+def test_without_a_replacement_nothing_in_the_own_folder_changes(own, monkeypatch, mirror, capsys, kind, server):
+    """Damaged or not, the files may be the user's own: a failed or interrupted download leaves them alone."""
+    address, folder = mirror
+    write_set(folder / "set", seed=1 if server == "wrong files" else 0)
+    mirrors(monkeypatch, "http://127.0.0.1:9/" if server == "closed" else address + "set/")
+    if server == "two of four":
+        for file in data.FILES["test"]:
+            (folder / "set" / file).unlink()
+    raw = own / "FashionMNIST" / "raw"
+    write_set(raw)
+    for files in data.FILES.values():
+        damage(raw / files[0], kind)
+        (raw / files[1]).unlink()
+    left = snapshot(raw)
+    assert is_digits(data.load_images("fashion_mnist"))
+    assert snapshot(raw) == left and len(list(raw.iterdir())) == 2
+    lines = [line for line in capsys.readouterr().out.splitlines() if "does not hold all of Fashion-MNIST" in line]
+    assert len(lines) == 1 and "data/FashionMNIST/raw" in lines[0] and "put these files there" in lines[0]
+    for image_file, label_file in data.FILES.values():
+        assert lines[0].index("missing:") < lines[0].index(label_file) < lines[0].index("damaged:")
+        assert lines[0].index("damaged:") < lines[0].index(image_file)
+
+
+def test_a_data_folder_that_cannot_be_written_to_is_told_with_its_cure(own, monkeypatch, mirror, capsys):
+    address, folder = mirror
+    write_set(folder / "set")
+    mirrors(monkeypatch, address + "set/")
+    own.write_text("a file where the folder should be")
+    assert is_digits(data.load_images("fashion_mnist"))
+    assert f"{own} is no folder): set DDPM_DATA_DIR to a folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("first", ["good", "closed", "404", "damaged"])
+def test_own_folder_absent_is_downloaded_from_the_mirror_that_has_it(own, monkeypatch, mirror, first):
+    address, folder = mirror
+    write_set(folder / "set")
+    write_set(folder / "bad", seed=1)
+    before = {"closed": "http://127.0.0.1:9/", "404": address + "nothing/", "damaged": address + "bad/"}
+    mirrors(monkeypatch, *(before[name] for name in [first] if name in before), address + "set/")
     found = data.load_images("fashion_mnist")
     assert is_the_small_set(found) and found.source == "data"
     assert is_the_small_set(data.load_images("fashion_mnist", "test"), "test")
@@ -217,13 +351,13 @@ def in_time(seconds: float, work) -> tuple:
     return tuple(answer)
 
 
-def test_a_mirror_that_never_answers_decides_within_15_s(ladder, monkeypatch, silent_mirror):
+def test_a_mirror_that_never_answers_decides_within_15_s(own, monkeypatch, silent_mirror):
     mirrors(monkeypatch, silent_mirror, silent_mirror)
     found = in_time(15, lambda: data.load_images("fashion_mnist"))
     assert found and is_digits(found[0])
 
 
-def test_a_mirror_that_never_answers_does_not_stand_before_one_that_does(ladder, monkeypatch, silent_mirror, mirror):
+def test_a_mirror_that_never_answers_does_not_stand_before_one_that_does(own, monkeypatch, silent_mirror, mirror):
     address, folder = mirror
     write_set(folder / "set")
     mirrors(monkeypatch, silent_mirror, address + "set/")
@@ -231,22 +365,66 @@ def test_a_mirror_that_never_answers_does_not_stand_before_one_that_does(ladder,
     assert found and is_the_small_set(found[0])
 
 
-# The last rung
+# One source for both splits
+
+
+@pytest.mark.parametrize("order", [("train", "test"), ("test", "train")])
+def test_a_source_that_appears_between_the_splits_is_not_mixed_in(own, order):
+    """Such as a network that came back: two data sets in one run would be worse than the digits."""
+    first, second = order
+    assert is_digits(data.load_images("fashion_mnist", first))
+    write_set(own / "FashionMNIST" / "raw")
+    assert is_digits(data.load_images("fashion_mnist", second))
+    assert is_the_small_set(data.load_images("fashion_mnist", first), first)  # loaded again: chosen anew
+    assert is_the_small_set(data.load_images("fashion_mnist", second), second)
+
+
+@pytest.mark.parametrize("spoil", ["gone", "damaged"])
+def test_files_that_go_bad_between_the_splits_end_in_an_error(own, spoil):
+    raw = own / "FashionMNIST" / "raw"
+    write_set(raw)
+    data.load_images("fashion_mnist")
+    file = raw / data.FILES["test"][1]
+    file.unlink() if spoil == "gone" else damage(file, "truncated")
+    with pytest.raises(ValueError, match=rf"does not now \(.*{file.name}.*put the files back"):
+        data.load_images("fashion_mnist", "test")
+    assert is_digits(data.load_images("fashion_mnist")) and is_digits(data.load_images("fashion_mnist", "test"))
+
+
+def test_each_data_set_has_its_own_source(own):
+    write_set(own / "MNIST" / "raw")
+    assert is_digits(data.load_images("fashion_mnist"))
+    assert is_the_small_set(data.load_images("mnist", "test"), "test")
+    assert is_digits(data.load_images("fashion_mnist", "test"))
+
+
+# The last source
 
 
 @pytest.mark.parametrize("server", ["closed", "404", "wrong files"])
-@pytest.mark.parametrize("own", ["absent", "truncated"])
-def test_no_download_ends_at_the_digits_without_a_traceback(ladder, monkeypatch, mirror, capsys, own, server):
+def test_no_download_ends_at_the_digits_without_a_traceback(own, monkeypatch, mirror, capsys, server):
     address, folder = mirror
     write_set(folder / "set", seed=1)
     mirrors(monkeypatch, {"closed": "http://127.0.0.1:9/", "404": address, "wrong files": address + "set/"}[server])
-    if own == "truncated":
-        write_set(ladder / "FashionMNIST" / "raw")
-        damage(ladder / "FashionMNIST" / "raw" / data.FILES["train"][0], "truncated")
     found = data.load_images("fashion_mnist")
     assert is_digits(found) and found.images.shape == (1500, 1, 28, 28)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert "scikit-learn's digits" in last and "because Fashion-MNIST" in last
+    lines = capsys.readouterr().out.splitlines()
+    assert "scikit-learn's digits" in lines[-1] and "because Fashion-MNIST" in lines[-1]
+    assert (
+        f"data/FashionMNIST/raw does not hold all of Fashion-MNIST (missing: {', '.join(data.CONTENTS['mnist'])})"
+        in lines[-2]
+    )
+
+
+def test_say_false_leaves_out_the_ordinary_line_and_never_a_fallback(own, capsys):
+    data.load_images("mnist", say=False)
+    data.load_images("mnist", "test", say=False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "because MNIST is neither" in line]
+    assert len(lines) == 2 and "train split" in lines[0] and "test split" in lines[1]
+    write_set(own / "MNIST" / "raw")
+    data.load_images("mnist", say=False)
+    data.load_images("digits", say=False)
+    assert capsys.readouterr().out == ""
 
 
 def test_digits_are_scikit_learns_1797_with_their_labels(own_folders):

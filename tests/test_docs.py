@@ -1,7 +1,12 @@
 """README, requirements, environment and doctor say the same, and what README links to is there."""
 
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 
+import pytest
 import yaml
 from lesson_files import ROOT, lesson_names, read_lesson, tool
 from packaging.requirements import Requirement
@@ -51,12 +56,48 @@ def test_readme_links_to_what_is_there():
             assert (ROOT / target).exists(), target
 
 
-def test_nothing_generated_is_tracked():
-    import subprocess
+GENERATED = ("data", "outputs", "checkpoints", ".venv", "build", "dist", "ddpm_utils.egg-info")
 
+
+@pytest.mark.parametrize("folder", GENERATED)
+def test_what_is_generated_is_ignored(folder):
+    done = subprocess.run(["git", "check-ignore", "-q", f"{folder}/file"], cwd=ROOT)
+    assert done.returncode == 0
+
+
+def test_a_wheel_holds_the_package_with_its_weights_and_asks_for_what_it_needs(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "ddpm_utils", source / "ddpm_utils", ignore=shutil.ignore_patterns("__pycache__"))
+    wheel = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        source,
+    ]
+    subprocess.run(wheel, check=True)
+    (built,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(built) as file:
+        names = set(file.namelist())
+        metadata = next(file.read(name).decode() for name in names if name.endswith("/METADATA"))
+    code_and_weights = [path for end in ("py", "pt", "json") for path in (source / "ddpm_utils").rglob(f"*.{end}")]
+    inside = {name for name in names if ".dist-info/" not in name}
+    assert inside == {path.relative_to(source).as_posix() for path in code_and_weights}
+    needed = set(re.findall(r"^Requires-Dist: ([\w-]+)", metadata, flags=re.MULTILINE))
+    assert needed == set(requirements("requirements.txt"))
+
+
+def test_nothing_generated_is_tracked():
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    generated = [name for name in tracked if name.split("/")[0] in ("data", "outputs", "checkpoints", ".venv")]
-    assert not generated
+    assert not [name for name in tracked if name.split("/")[0] in GENERATED]
     assert not [name for name in tracked if (ROOT / name).is_file() and (ROOT / name).stat().st_size > 4_000_000]

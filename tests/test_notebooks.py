@@ -1,11 +1,14 @@
 """The lessons as published, and as `make test` has just executed them in fast mode."""
 
+import ast
 import base64
+import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -398,6 +401,83 @@ def test_make_runs_nothing_that_stands_in_the_address(copy_of_the_texts, typed, 
     assert done.returncode and bytes_below(copy_of_the_texts) == before
 
 
+# The settings: what the comment of each says is what the cell below checks, before it does anything else.
+
+
+class Started(Exception):
+    """The checks are over."""
+
+
+@functools.cache
+def before_the_settings(lesson):
+    """The names that the lesson's setup cell and imports define, with a `runtime` whose `start` ends the cell."""
+    names = {}
+    for cell in code_cells(read_lesson(lesson))[:2]:
+        exec(cell.source, names)
+
+    def start(*_):
+        raise Started
+
+    return names | {"runtime": SimpleNamespace(start=start)}
+
+
+def settings_of(lesson):
+    """Name, value and comment of each line of the config cell."""
+    for line in code_cells(read_lesson(lesson))[2].source.splitlines():
+        name, value, comment = re.fullmatch(r"([A-Z_]+) = ([^#]+)# (.*)", line).groups()
+        yield name, ast.literal_eval(value.strip()), comment
+
+
+def check_settings(lesson, **changes):
+    """Run the config cell with other values and the cell below it. Raises Started if these values are fine."""
+    names = dict(before_the_settings(lesson))
+    config_cell, below = code_cells(read_lesson(lesson))[2:4]
+    exec(config_cell.source, names)
+    names |= changes
+    exec(below.source, names)
+
+
+def range_in(comment):
+    """Lowest and highest value that a comment gives, as numbers; None if it gives no range."""
+    found = re.search(r"(-?[\d.,e-]*\d) … ([\d.,e-]*\d)", comment)
+    return found and tuple(float(text.replace(",", "")) for text in found.groups())
+
+
+def good_and_bad(value, comment):
+    """Values that a comment allows, and values of every wrong kind."""
+    limits, none = range_in(comment), "None:" in comment
+    bad = [*([] if none else [None]), "nonsense", object(), [value], float("nan")]
+    if limits:
+        whole = all(limit == int(limit) for limit in limits) and not isinstance(value, float)
+        low, high = (int(limit) if whole else limit for limit in limits)
+        good = [low, high, *([None] if none else [])]
+        return good, [*bad, low - 1, high + 1, high * 1e6, True, str(high), float("inf")] + [low + 0.5] * whole
+    if isinstance(value, bool):
+        return [True, False], [*bad, 1, 0, "True"]
+    if isinstance(value, str):
+        good = re.findall(r'"(\w+)"', comment)
+        return good, [*bad, good[0].upper(), f" {good[0]}", 0, True]
+    if "multiples of 4" in comment:
+        good = [(4, 8), (48, 64), *([None] if none else [])]
+        return good, [*bad, 48, (48,), (48, 65), (48.0, 64), (48, 0), (True, 4), "48, 64", (4,) * 4, ()]
+    good = [int(text) for text in re.findall(r"\b[124]\b", comment)]
+    return good, [*bad, 0, 3, -1, 1.0, True]
+
+
+@every_lesson
+def test_settings_are_checked_where_they_are_set_and_as_their_comments_say(lesson):
+    for name, value, comment in settings_of(lesson):
+        good, bad = good_and_bad(value, comment)
+        assert good, f"{name}: the comment {comment!r} says neither a range nor options"
+        for each in [value, *good]:
+            with pytest.raises(Started):
+                check_settings(lesson, **{"IMAGE_SIZE": 64, name: each})  # a size for any number of levels
+        for each in bad:
+            with pytest.raises(ValueError, match=f"^{name}=") as error:
+                check_settings(lesson, **{name: each})
+            assert "\n" not in str(error.value) and repr(each) in str(error.value)
+
+
 # What readers change. Each line is one lesson executed whole, in fast mode, with other values in its config cell.
 CHANGES = {
     "01": [{"T": 200}, {"T": 37}, {"DATASET": "mnist"}, {"DATASET": "digits"}, {"SEED": 7}],
@@ -428,7 +508,7 @@ CHANGES = {
         {"SEED": 7},
     ],
     "09": [{"DATASET": "digits"}, {"DATASET": "mnist", "N_IMAGES": 100}, {"STEPS": 200}, {"SEED": 7}],
-    "12": [{"DATASET": "digits", "N_RACE": 200}, {"DATASET": "mnist"}, {"TIMING_SECONDS": 20.0}, {"SEED": 7}],
+    "12": [{"DATASET": "digits", "N_RACE": 32}, {"DATASET": "mnist"}, {"TIMING_SECONDS": 20.0}, {"SEED": 7}],
 }
 CASES = [(name, change) for name in LESSONS for change in CHANGES.get(name[:2], [])]
 
@@ -461,6 +541,29 @@ def test_all_cells_twice_in_one_kernel(lesson, tmp_path):
     notebook = read_lesson(lesson)
     notebook.cells += [nbformat.from_dict({**cell, "id": f"again-{i}"}) for i, cell in enumerate(notebook.cells)]
     run_in_fast_mode(notebook, tmp_path, PYTHONPATH=str(ROOT))
+
+
+# Numbers that depend on the clock or on the memory of the machine.
+UNSTEADY = re.compile(r"\d[\d.,]*(?= *(s|ms|images/s|GiB|pictures a second|thousand million)\b)")
+
+
+def steady_part(cell):
+    """What a cell printed, without times and speeds; nothing where a network was trained for so many seconds."""
+    text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    return "" if "weights: trained" in text else re.sub(r" +", " ", UNSTEADY.sub("#", text))
+
+
+@pytest.mark.slow
+@every_lesson
+def test_every_cell_run_again_says_the_same(lesson, tmp_path):
+    """Each cell runs twice before the next one does."""
+    notebook, cells = read_lesson(lesson), []
+    for i, cell in enumerate(code_cells(notebook)):
+        cells += [nbformat.from_dict({**cell, "id": f"{run}-{i}"}) for run in ("first", "again")]
+    notebook.cells = cells
+    run_in_fast_mode(notebook, tmp_path, PYTHONPATH=str(ROOT))
+    for first, again in zip(cells[::2], cells[1::2], strict=True):
+        assert steady_part(first) == steady_part(again), first.source
 
 
 @pytest.mark.slow

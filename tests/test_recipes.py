@@ -189,7 +189,7 @@ def test_without_weights_the_run_of_the_recipe_is_found_or_asked_for(fast, capsy
         ("train --recipe anime --out {tmp}/new", "for pictures of your own: name their folder, as in --dataset ./faces"),
         ("train --dataset faces --out {tmp}/new", "dataset='faces' is not known"),
         ("train --dataset {tmp}/none --out {tmp}/new", "no folder"),
-        ("train --dataset {tmp} --out {tmp}/new", "holds no picture"),
+        ("train --dataset {tmp} --out {tmp}/new", "holds no image"),
         ("train --recipe article --dataset digits --image-size 32 --out {tmp}/new", "expected (batch, 1, 28, 28)"),
         ("train --recipe mnist32 --dataset digits --image-size 28 --out {tmp}/new", "must be multiples of 8: try 24 or 32"),
         ("train --recipe article --dataset digits --channels 3 --out {tmp}/new", "published for grey images"),

@@ -144,6 +144,23 @@ def test_a_small_set_gets_as_many_steps_as_the_default(faces, tmp_path, monkeypa
     assert round(1154 * 39 / 16) >= 2812
 
 
+@pytest.mark.parametrize("place", ["", "/", "/../faces"])
+def test_the_images_are_no_place_for_the_run(faces, capsys, place):
+    assert train_on(faces, "--out", f"{faces}{place}") == 2
+    assert "holds your images" in capsys.readouterr().err
+    assert not [path for path in faces.iterdir() if path.suffix != ".png"]
+
+
+def test_runs_and_samples_below_the_images_are_left_out(faces, tmp_path, capsys):
+    assert train_on(faces, "--out", faces / "run") == 0
+    assert command.main(["sample", "--weights", str(faces / "run"), "--steps", "2", "--out", str(faces / "drawn")]) == 0
+    capsys.readouterr()
+    assert train_on(faces, "--out", tmp_path / "next") == 0
+    said = capsys.readouterr().out
+    assert "2 folders of runs or samples in" in said and "left out: drawn, run" in said
+    assert checkpoint(tmp_path / "next")["data"]["shape"] == [39, 1, 8, 8]
+
+
 # longer runs
 
 

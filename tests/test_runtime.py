@@ -1,6 +1,12 @@
 """Device, seed, fast mode and folders."""
 
+import errno
+import os
 import random
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +94,17 @@ def test_short_path_inside_the_project_is_relative_to_it(own_folders):
     assert runtime.short_path(own_folders / "a" / "b" / "c.pt") == "a/b/c.pt"
 
 
-def test_folders_lie_beside_the_package_and_only_outputs_is_made(own_folders, monkeypatch, tmp_path):
+def test_short_path_of_a_data_folder_on_another_disk_stays_short(own_folders, tmp_path):
+    (tmp_path / "disk" / "sets").mkdir(parents=True)
+    (own_folders / "data").symlink_to(tmp_path / "disk" / "sets")
+    assert runtime.short_path(own_folders / "data" / "FashionMNIST") == "data/FashionMNIST"
+    assert runtime.short_path(own_folders / "a" / ".." / "b") == "b"
+
+
+def test_folders_lie_at_the_root_and_only_outputs_is_made(own_folders, monkeypatch, tmp_path):
     assert runtime.data_dir() == own_folders / "data" and not runtime.data_dir().exists()
     assert runtime.checkpoint_dir("x") == own_folders / "checkpoints" / "x" and not runtime.checkpoint_dir().exists()
+    assert runtime.output_path("x") == own_folders / "outputs" / "x" and not runtime.output_path().exists()
     assert runtime.output_dir("x") == own_folders / "outputs" / "x" and (own_folders / "outputs" / "x").is_dir()
     monkeypatch.setenv("DDPM_OUTPUT_DIR", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("DDPM_CHECKPOINT_DIR", str(tmp_path / "kept"))
@@ -98,8 +112,172 @@ def test_folders_lie_beside_the_package_and_only_outputs_is_made(own_folders, mo
     assert runtime.output_dir("y") == tmp_path / "elsewhere" / "y" and (tmp_path / "elsewhere" / "y").is_dir()
 
 
-def test_data_dir_override(monkeypatch):
-    monkeypatch.delenv("DDPM_DATA_DIR", raising=False)
+FOLDERS = {
+    "DDPM_DATA_DIR": runtime.data_dir_override,
+    "DDPM_OUTPUT_DIR": runtime.output_path,
+    "DDPM_CHECKPOINT_DIR": runtime.checkpoint_dir,
+}
+
+
+@pytest.mark.parametrize("variable", FOLDERS)
+def test_variables_count_from_the_root_wherever_the_process_stands(own_folders, monkeypatch, tmp_path, variable):
+    folder, elsewhere = FOLDERS[variable], tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for value, expected in {
+        "a/b": own_folders / "a" / "b",
+        ".": own_folders,
+        "../a": own_folders / ".." / "a",
+        "~/sets": Path.home() / "sets",
+        str(tmp_path): tmp_path,
+    }.items():
+        monkeypatch.setenv(variable, value)
+        assert folder() == expected
+    monkeypatch.setenv(variable, "~no_such_user/x")
+    with pytest.raises(ValueError, match=f"{variable}='~no_such_user/x' names no folder"):
+        folder()
+
+
+def test_an_unset_or_empty_variable_names_nothing(own_folders, monkeypatch):
     assert runtime.data_dir_override() is None
-    monkeypatch.setenv("DDPM_DATA_DIR", "~/sets")
-    assert runtime.data_dir_override() == Path.home() / "sets"
+    monkeypatch.setenv("DDPM_DATA_DIR", "")
+    monkeypatch.setenv("DDPM_OUTPUT_DIR", "")
+    assert runtime.data_dir_override() is None and runtime.output_path() == own_folders / "outputs"
+
+
+# Folders that cannot be written to. Root may write anywhere, so the system's answer is pretended or real obstacles are used.
+
+
+def refuse(monkeypatch, where: str, number: int) -> None:
+    def fail(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*{"making": (os, "mkdir"), "writing": (tempfile, "TemporaryFile")}[where], fail)
+
+
+@pytest.mark.parametrize("where", ["making", "writing"])
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.EACCES, PermissionError), (errno.EPERM, PermissionError), (errno.EROFS, OSError), (errno.ENOSPC, OSError)],
+)
+def test_output_dir_names_folder_reason_and_cure(own_folders, monkeypatch, where, number, kind):
+    refuse(monkeypatch, where, number)
+    with pytest.raises(kind) as error:
+        runtime.output_dir("lesson_05")
+    assert str(error.value) == (
+        f"{own_folders}/outputs/lesson_05 cannot be written to ({os.strerror(number)}): "
+        "set DDPM_OUTPUT_DIR to a folder that you can write to"
+    )
+
+
+@pytest.mark.parametrize("taken", ["outputs", "outputs/lesson_05"])
+@pytest.mark.parametrize("obstacle", ["file", "broken link"])
+def test_what_stands_in_the_place_of_a_folder_is_named(own_folders, taken, obstacle):
+    path = own_folders / taken
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to("nowhere") if obstacle == "broken link" else path.write_text("")
+    for call in (runtime.make_folder, runtime.check_folder):
+        with pytest.raises(OSError, match=rf"\({path} is no folder\): set DDPM_OUTPUT_DIR"):
+            call(runtime.output_path("lesson_05", "deeper"))
+
+
+def test_the_cure_fits_the_folder(own_folders, monkeypatch, tmp_path):
+    refuse(monkeypatch, "writing", errno.EROFS)
+    monkeypatch.setenv("DDPM_CHECKPOINT_DIR", "outputs/kept")  # inside another of the project's folders
+    for folder, cure in {
+        runtime.output_path("a"): "set DDPM_OUTPUT_DIR to a folder that you can write to",
+        runtime.checkpoint_dir("a"): "set DDPM_CHECKPOINT_DIR to a folder that you can write to",
+        runtime.data_dir() / "MNIST": "set DDPM_DATA_DIR to a folder that holds the data sets",
+        tmp_path / "run": "choose a folder that you can write to",
+    }.items():
+        with pytest.raises(OSError) as error:
+            runtime.check_folder(folder)
+        assert str(error.value) == f"{folder} cannot be written to (Read-only file system): {cure}"
+
+
+def test_a_good_folder_is_made_and_nothing_is_left_in_it(own_folders):
+    runtime.check_folder(own_folders / "a" / "b")
+    assert list(own_folders.iterdir()) == []
+    assert runtime.make_folder(str(own_folders / "a" / "b")) == own_folders / "a" / "b"
+    assert list((own_folders / "a" / "b").iterdir()) == []
+    runtime.make_folder(own_folders / "a" / "b")
+
+
+# An installed copy: the package's folder alone, as in site-packages
+
+
+WHERE = """
+from ddpm_utils import runtime
+print(runtime.output_dir("x"), runtime.checkpoint_dir("y"), runtime.data_dir(), sep="\\n")
+print(runtime.short_path(runtime.output_path("x")), runtime.short_path(runtime.data_dir()), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("beside", ["nothing", "a foreign project"])
+def test_an_installed_copy_writes_nothing_beside_the_package(own_folders, tmp_path, beside):
+    site, home, work = (tmp_path / name for name in ("site", "home", "work"))
+    source = Path(runtime.__file__).parent
+    shutil.copytree(source, site / source.name, ignore=shutil.ignore_patterns("__pycache__", "*.pt", "gallery"))
+    home.mkdir()
+    work.mkdir()
+    if beside == "a foreign project":
+        (site / "notebooks").mkdir()
+        (site / "pyproject.toml").write_text('[project]\nname = "mine"\n')
+    before = sorted(site.rglob("*"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")}
+    environment |= {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(home)}
+    environment |= {"DDPM_CHECKPOINT_DIR": "kept"}
+    done = subprocess.run(
+        [sys.executable, "-c", WHERE], cwd=work, env=environment, capture_output=True, text=True, check=True
+    )
+    outputs, checkpoints, cache, short_outputs, short_cache = done.stdout.splitlines()
+    assert (outputs, checkpoints) == (str(work / "outputs" / "x"), str(work / "kept" / "y"))
+    assert Path(cache).is_relative_to(home) and Path(cache).name == "ddpm-utils"
+    assert short_outputs == "outputs/x" and short_cache == cache.replace(str(home), "~")
+    assert sorted(site.rglob("*")) == before
+
+
+def test_this_checkout_is_recognized():
+    assert runtime.IN_CHECKOUT
+
+
+def in_a_notebook(*cells):
+    """What each cell prints, run one after the other in one IPython shell."""
+    program = (
+        "import contextlib, io\n"
+        "from IPython.core.interactiveshell import InteractiveShell\n"
+        "shell = InteractiveShell.instance()\n"
+        f"for cell in {list(cells)!r}:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as said:\n"
+        "        shell.run_cell(cell, store_history=False).raise_error()\n"
+        "    print(said.getvalue().strip().replace(chr(10), ' '))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+START = "from ddpm_utils import runtime; import torch, random, numpy as np; device, rng = runtime.start(SEED, 'cpu')"
+OWN = "print(torch.rand(1, generator=rng).item())"
+GLOBAL = "print(torch.rand(1).item(), random.random(), np.random.rand())"
+
+
+@pytest.mark.parametrize(
+    "cell", [OWN, GLOBAL, "more = torch.Generator().manual_seed(5); print(torch.rand(1, generator=more))"]
+)
+def test_a_cell_that_runs_again_draws_the_same_numbers(cell):
+    other = "print(torch.rand(3, generator=rng), torch.rand(2))"
+    *_, first, again, after, back, after_again = in_a_notebook("SEED = 0", START, cell, cell, other, cell, other)
+    assert first == again == back and after == after_again
+    *_, plain = in_a_notebook("SEED = 0", START, cell, other)
+    assert after == plain  # the second run changed nothing for the cells below
+
+
+def test_a_restart_with_another_seed_forgets_what_cells_drew():
+    *_, zero, _, _, seven = in_a_notebook("SEED = 0", START, OWN, "SEED = 7", START, OWN)
+    *_, fresh = in_a_notebook("SEED = 7", START, OWN)
+    assert seven == fresh != zero
+
+
+def test_a_loop_in_one_cell_still_draws_new_numbers():
+    *_, said = in_a_notebook("SEED = 0", START, "print(*[torch.rand(1, generator=rng).item() for _ in range(3)])")
+    assert len(set(said.split())) == 3

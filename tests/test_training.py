@@ -977,7 +977,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(fre
     (tmp_path / "file").write_text("")
     state = fresh()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(NotSaved, match=r"cannot be written to \(.+\): choose another folder"):
+        with pytest.raises(NotSaved, match=r"cannot be written to \(.+\): choose a folder that you can write to"):
             run(state, folder=folder)
         with pytest.raises(NotSaved, match="was not written"):
             checkpoints.save(folder / "last.pt", state)
@@ -986,7 +986,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(fre
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
-    with pytest.raises(NotSaved, match=r"cannot be written to \(Read-only file system\): choose another folder"):
+    with pytest.raises(NotSaved, match=r"cannot be written to \(Read-only file system\): choose a folder that you can write to"):
         run(state, folder=tmp_path)
     assert state.step == 0 and (tmp_path / "file").read_text() == ""
 
@@ -1041,7 +1041,7 @@ def test_a_disk_that_is_full_and_one_that_turns_read_only(tmp_path):
     full, read_only, at_once = done.stdout.splitlines()
     assert "the run ended at step 12, but disk/last.pt was not written (No space left on device)" in full
     assert "the run ended at step 12, but disk/last.pt was not written (Read-only file system)" in read_only
-    assert at_once.endswith("disk cannot be written to (Read-only file system): choose another folder")
+    assert at_once.endswith("disk cannot be written to (Read-only file system): choose a folder that you can write to")
 
 
 def test_litter_of_the_dead_is_removed_and_nothing_else(fresh, tmp_path):

@@ -6,6 +6,7 @@ import sys
 
 from packaging.requirements import Requirement
 
+LFS = b"version https://git-lfs"  # how the stand-in for a file begins that Git LFS has not fetched
 # What a lesson imports. Kept equal to requirements.txt by a test; JupyterLab is left to those who open lessons with it.
 FLOORS = (
     "torch>=2.11",
@@ -16,6 +17,7 @@ FLOORS = (
     "imageio>=2.37",
     "scikit-learn>=1.6",
     "ipywidgets>=7.7.1",
+    "platformdirs>=4.3",
 )
 
 
@@ -53,22 +55,95 @@ def check_pair() -> list[str]:
     return []
 
 
+def check_device() -> list[str]:
+    """Print the device that lessons would take."""
+    from .. import runtime
+
+    print(f"      {runtime.hardware(runtime.pick_device())}" + (", fast mode is on" if runtime.is_fast() else ""))
+    return []
+
+
+def check_folders() -> list[str]:
+    """Print where outputs, checkpoints and data lie; return what is wrong with these folders. Creates none of them."""
+    from .. import runtime
+
+    problems, named = [], runtime.data_dir_override()
+    written = {"outputs": runtime.output_path(), "checkpoints": runtime.checkpoint_dir()}
+    written |= {"data": runtime.data_dir()} if named is None else {}
+    for name, folder in written.items():
+        print(f"      {name:14}{folder}")
+        try:
+            runtime.check_folder(folder)
+        except OSError as error:
+            problems.append(str(error))
+    if named is not None:
+        print(f"      {'data':14}{named} (DDPM_DATA_DIR)")
+    if named is not None and not named.is_dir():
+        problems.append(f"DDPM_DATA_DIR names {named}, which is no folder: correct it or unset it")
+    return problems
+
+
 def check_data() -> list[str]:
-    """Print which data sets lie ready; a missing one is no problem, a damaged one is."""
+    """Print which data sets lie ready; a missing one is no problem, one that is there in part or damaged is."""
     from .. import data, runtime
 
-    problems = []
-    for dataset in ("fashion_mnist", "mnist"):
-        found = "neither on disk: a lesson downloads it, or falls back to scikit-learn's digits"
-        for folder, name in ((runtime.data_dir_override(), "DDPM_DATA_DIR"), (runtime.data_dir(), "data/")):
-            damaged = data.damaged_files(dataset, folder) if folder else None
-            if damaged:
-                problems.append(f"{', '.join(damaged)} of {data.TITLES[dataset]} in {name} is damaged: delete it")
-            if damaged is not None:
-                found = f"in {name}" + (", DAMAGED" if damaged else "")
-                break
-        print(f"      {data.TITLES[dataset]:14}{found}")
+    problems, sets = [], ("fashion_mnist", "mnist")
+    named, own = runtime.data_dir_override(), runtime.data_dir()
+    places = {"the data folder": own} if named is None else {"DDPM_DATA_DIR": named, "the data folder": own}
+    nothing_named = named is not None and named.is_dir()
+    for dataset in sets:
+        state = "not on disk: a lesson downloads it, or falls back to scikit-learn's digits"
+        for place, root in places.items():
+            folder = data.raw_folder(dataset, root)
+            files = data.read_files(dataset, folder)
+            if files.absent:
+                continue
+            nothing_named = nothing_named and place != "DDPM_DATA_DIR"
+            state = f"in {place}" + ("" if files.whole else ", NOT WHOLE")
+            if not files.whole:
+                problems.append(
+                    f"{data.TITLES[dataset]} in {folder} is not whole ({files.problems()}): "
+                    "put the published files there, packed (.gz) or not, or move the rest away"
+                )
+            break
+        print(f"      {data.TITLES[dataset]:14}{state}")
+    if nothing_named:
+        wanted = " nor ".join(data.raw_folder(dataset, named).relative_to(named).as_posix() for dataset in sets)
+        problems.append(f"DDPM_DATA_DIR names {named}, which holds neither {wanted}: correct it or unset it")
     return problems
+
+
+def check_weights() -> list[str]:
+    """Print which weights come with the package; return what is wrong with their files."""
+    from .. import pretrained
+
+    stems = sorted({path.stem for end in ("pt", "json") for path in pretrained.FOLDER.glob(f"*.{end}")})
+    print(f"      {', '.join(stems) or 'none'}")
+    if not stems:
+        return [f"no weights in {pretrained.FOLDER}: install the package or clone the repository again"]
+    return [problem for stem in stems for problem in _check_weight(stem)]
+
+
+def _check_weight(stem: str) -> list[str]:
+    """What is wrong with one network's weights or their card."""
+    from .. import pretrained
+
+    again = "take it from the repository again"
+    for path in (pretrained.FOLDER / f"{stem}.json", pretrained.FOLDER / f"{stem}.pt"):
+        if not path.is_file():
+            return [f"{path.name} is missing in {path.parent}: {again}"]
+        with path.open("rb") as file:
+            if file.read(len(LFS)) == LFS:
+                return [f"{path.name} is a Git LFS pointer and not the file itself: run `git lfs pull`"]
+    try:
+        if stem.startswith(pretrained.CLASSIFIER):
+            pretrained.load_classifier(stem.removeprefix(pretrained.CLASSIFIER))
+        else:
+            pretrained.load(stem)
+    except Exception as error:
+        cure = "" if again in str(error) else f": {again}"
+        return [f"{stem} cannot be loaded ({type(error).__name__}: {error}){cure}"]
+    return []
 
 
 def run(options=None) -> int:
@@ -77,15 +152,13 @@ def run(options=None) -> int:
     problems = [] if sys.version_info >= (3, 11) else [f"Python {platform.python_version()} is too old: 3.11 is needed"]
     print("packages")
     problems += check_packages() + check_pair()
-    try:
-        from .. import pretrained, runtime
-
-        device = runtime.pick_device()
-        print(f"device\n      {runtime.hardware(device)}" + (", fast mode is on" if runtime.is_fast() else ""))
-        print("data")
-        problems += check_data()
-        print(f"weights\n      {', '.join(pretrained.names()) or 'none'}")
-    except Exception as error:
-        problems.append(f"{type(error).__name__}: {error}")
-    print("\n".join(["", "To mend:", *(f"  {problem}" for problem in problems)]) if problems else "\nAll is well.")
+    checks = {"device": check_device, "folders": check_folders, "data": check_data, "weights": check_weights}
+    for name, check in checks.items():
+        print(name)
+        try:
+            problems += check()
+        except Exception as error:  # one line for each, and on to the next
+            problems.append(f"{type(error).__name__}: {error}")
+    problems = list(dict.fromkeys(problems))  # several checks may fail for one reason
+    print("\n".join(["", "To fix:", *(f"  {problem}" for problem in problems)]) if problems else "\nAll is well.")
     return 1 if problems else 0

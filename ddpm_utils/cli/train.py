@@ -76,6 +76,8 @@ def prepare(options: flags.Train, device) -> tuple[TrainConfig, Path, data.Image
     if not resumed:  # now that it is known what there is, and how much
         cfg = planned_config(chosen, found, preset_of, len(train_set))
     folder = options.out or runtime.output_dir("runs") / cfg.run_name()
+    if cfg.folder and folder.resolve() == cfg.folder.resolve():
+        raise ValueError(f"{folder} holds your images, and a run's folder is no folder of images: choose another --out")
     if options.resume and not resumed:
         saved_config(folder)
     if not options.resume:

@@ -33,7 +33,7 @@ def make(name: str) -> Path:
     runtime.seed_everything(cfg.seed)
     train_set, test_set = _real_images(cfg.dataset)
     state = training.TrainState(cfg, build(cfg), device)
-    folder = runtime.ROOT / "checkpoints" / f"pretrained_{name}"
+    folder = runtime.checkpoint_dir(f"pretrained_{name}")
     minutes_file = folder / "minutes.json"
     minutes = 0.0
     if (folder / "last.pt").is_file():
