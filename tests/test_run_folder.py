@@ -373,10 +373,8 @@ def test_every_error_that_gives_a_command_gives_one_that_works(whole, tmp_path, 
     (hint,) = re.findall(r"To go on with it: python -m ddpm_utils (.*);", capsys.readouterr().err)
     assert command.main(shlex.split(hint)) == 0
     assert command.main(["train", "--bogus"]) == 2
-    (hint,) = re.findall(r"; python -m ddpm_utils (.*) lists", capsys.readouterr().err)
-    with pytest.raises(SystemExit) as done:
-        command.main(hint.split())
-    assert done.value.code == 0
+    (hint,) = re.findall(r"run python -m ddpm_utils (.*help)", capsys.readouterr().err)
+    assert command.main(hint.split()) == 0
 
 
 def test_presets_know_the_number_of_images_and_the_gpu():
