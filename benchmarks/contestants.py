@@ -161,7 +161,9 @@ class Ours(Training):
 
     @classmethod
     def config(cls, device: torch.device) -> TrainConfig:
-        return for_this_run(TrainConfig(**(preset_for(device.type, capability=runtime.capability(device)) | cls.changes)))
+        return for_this_run(
+            TrainConfig(**(preset_for(device.type, capability=runtime.capability(device)) | cls.changes))
+        )
 
     @classmethod
     def describe(cls, device: torch.device, compiled: bool) -> str:

@@ -371,7 +371,7 @@ def test_processes_at_different_steps_are_refused_by_both(two):
 
 def test_processes_with_other_images_are_refused_by_both_also_when_they_resume(two):
     assert two[0]["other_images"] == two[1]["other_images"]
-    assert "images is (24, 1, 8, 8) in process 0, (23, 1, 8, 8) in process 1" in two[0]["other_images"]
+    assert "shape is [24, 1, 8, 8] in process 0, [23, 1, 8, 8] in process 1" in two[0]["other_images"]
 
 
 def test_a_run_resumed_by_as_many_processes_is_the_uninterrupted_one_bit_for_bit_with_dropout(two):

@@ -986,7 +986,9 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(fre
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
-    with pytest.raises(NotSaved, match=r"cannot be written to \(Read-only file system\): choose a folder that you can write to"):
+    with pytest.raises(
+        NotSaved, match=r"cannot be written to \(Read-only file system\): choose a folder that you can write to"
+    ):
         run(state, folder=tmp_path)
     assert state.step == 0 and (tmp_path / "file").read_text() == ""
 
