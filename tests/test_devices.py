@@ -4,9 +4,11 @@ import inspect
 
 import pytest
 import torch
+from networks import as_network
 from torch import Tensor
 
 from ddpm_utils import checkpoints, config, evaluation, oracle, runs, runtime, training
+from ddpm_utils.diffusion import Denoiser
 from ddpm_utils.exercises import (
     float64,
     lesson_01,
@@ -121,11 +123,16 @@ def test_schedules_are_made_of_betas_on_the_device():
 
 def test_exact_denoisers_are_fitted_on_the_device(schedule):
     x0 = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    here = oracle.fit_gaussian(make_schedule("cosine", 100), x0, "v")
-    there = oracle.fit_gaussian(schedule, apple(x0), "v")
+    on_cpu = make_schedule("cosine", 100)
+    here = oracle.fit_gaussian(on_cpu, x0)
+    there = oracle.fit_gaussian(schedule, apple(x0))
     assert torch.allclose(there.loss("v"), here.loss("v"), atol=1e-6)
     t = torch.arange(50)
     assert torch.allclose(there(apple(x0), t).as_subclass(Tensor), here(x0, t), atol=1e-5)
+    network = as_network(there, schedule, "v")
+    assert torch.allclose(network(apple(x0), t).as_subclass(Tensor), as_network(here, on_cpu, "v")(x0, t), atol=1e-5)
+    back = Denoiser(network, schedule, "v", clamp=False)(apple(x0), t)
+    assert type(back) is OnApple and torch.allclose(back.as_subclass(Tensor), here(x0, t), atol=1e-5)
 
 
 def test_metrics_take_tensors_on_the_device():
