@@ -12,6 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     0: done. 1: `doctor` found something to fix. 2: bad input or a failed run, told in one line on stderr. 130: stopped.
     """
+    share_the_cores()
     out, err = Quiet(sys.stdout), Quiet(sys.stderr)
     with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         warnings.showwarning = _show_warning
@@ -19,6 +20,16 @@ def main(arguments: list[str] | None = None) -> int:
             return _run(arguments)
         finally:
             sys.stdout.flush()  # here, where a closed pipe is not an error
+
+
+def share_the_cores() -> None:
+    """Let waiting threads of OpenMP sleep rather than spin, unless the user has chosen: before torch loads libgomp.
+
+    With other busy programs on the machine, spinning threads slow a run several times; on an idle one sleeping costs little
+    (figures in benchmarks/README.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 
 class Quiet:

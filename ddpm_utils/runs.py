@@ -16,10 +16,12 @@ from torch import Tensor
 
 from . import checkpoints, distributed, runtime
 from .checkpoints import NotSaved
+from .config import TrainConfig
 from .data import check_images, digest
-from .training import TrainState, batch_indices, held_out_loss, learning_rate, training_steps
+from .training import READ_EVERY, TrainState, batch_indices, held_out_loss, learning_rate, training_steps
 
 EXPLODED = 1e3  # a loss; the answer 0 has about 1, whatever the target
+FIVE_MINUTES = 300  # seconds
 
 
 class TrainingDiverged(RuntimeError):
@@ -66,6 +68,30 @@ def losses(records: list[StepRecord]) -> list[float]:
         return []
     with records[-1].clock.running() if records[-1].clock else contextlib.nullcontext():
         return torch.stack([record.loss_tensor for record in records]).tolist()
+
+
+class Forecast:
+    """How long a run will take, from the speed of its first steps. `after(record)` returns a sentence, once, else None.
+
+    The first step is left out, in which kernels are loaded and chosen; the next `READ_EVERY` are timed.
+    """
+
+    def __init__(self, cfg: TrainConfig, n_images: int):
+        self.cfg, self.n_images, self.first = cfg, n_images, None
+
+    def after(self, record: StepRecord) -> str | None:
+        """`record` is that of every step in turn."""
+        if self.first is None:
+            self.first, self.began = record.step, record.clock.busy
+        if record.step != self.first + READ_EVERY:
+            return None
+        speed = READ_EVERY * self.cfg.batch_size / (record.clock.busy - self.began)
+        minutes = (record.total - record.step) * self.cfg.batch_size / speed / 60
+        epochs = FIVE_MINUTES * speed / self.n_images
+        return (
+            f"{speed:,.0f} images/s: about {minutes:.3g} more minutes for the {record.total - record.step:,} steps to come; "
+            f"{epochs:.2g} epochs would take five minutes"
+        )
 
 
 def train(

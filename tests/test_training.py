@@ -1231,3 +1231,42 @@ def test_measuring_puts_every_part_back_into_its_own_mode(tiny, net):
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     training.held_out_loss(state.model, state.schedule, images, state.cfg.target)
     assert state.model.training and not state.model.head.training
+
+
+# how long it will take
+
+
+def test_a_run_says_once_how_long_it_will_take(fresh, monkeypatch):
+    """A step takes a second here, the first one a minute, and what the caller does in between is not counted."""
+    now = [0.0]
+    state = fresh(epochs=30)  # 180 steps of 4 images
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
+    step = training.train_step
+
+    def slow(*arguments):
+        now[0] += 60 if state.step == 0 else 1
+        return step(*arguments)
+
+    monkeypatch.setattr(training, "train_step", slow)
+    forecast, said = runs.Forecast(state.cfg, len(IMAGES)), {}
+    for record in train(state, IMAGES, evaluate_every=1000):
+        said[record.step] = forecast.after(record)
+        now[0] += 1000
+    assert [number for number, words in said.items() if words] == [51]
+    assert said[51].startswith("4 images/s: about 2.15 more minutes for the 129 steps to come; ")
+    assert said[51].endswith("50 epochs would take five minutes")  # 1,200 images
+
+
+def test_a_run_of_few_steps_says_nothing(fresh):
+    state = fresh(epochs=8)  # 48 steps
+    forecast = runs.Forecast(state.cfg, len(IMAGES))
+    assert [forecast.after(record) for record in train(state, IMAGES)] == [None] * 48
+
+
+def test_a_resumed_run_is_measured_anew(fresh, tmp_path):
+    state = fresh(epochs=30)
+    at_forward(state.model, 69, press_stop)
+    run(state, folder=tmp_path)
+    forecast = runs.Forecast(state.cfg, len(IMAGES))
+    said = {record.step: forecast.after(record) for record in train(state, IMAGES)}
+    assert [number for number, words in said.items() if words] == [71 + 50]

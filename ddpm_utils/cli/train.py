@@ -249,12 +249,14 @@ def run_loop(state: training.TrainState, folder: Path, images, held_out, labels,
     board = writer(folder / "tensorboard", purge_step=first + 1) if chief and writer else None
     bar = tqdm(total=total, initial=first, desc="train", unit="step", disable=None if chief else True)
     often = 1 if state.device.type == "cpu" else training.READ_EVERY  # reading a loss makes a GPU's host wait for it
-    fresh, words = [], ""
+    fresh, words, forecast = [], "", runs.Forecast(state.cfg, len(images))
     try:
         for record in runs.train(state, images, held_out, folder, every, labels):
             if not chief:
                 continue
             fresh.append(record)
+            if said := forecast.after(record):
+                bar.write(f"train: {said}", file=sys.stderr)
             if (
                 len(fresh) >= often or record.held_out is not None or (record.step + 1) % every == 0
             ):  # before a save, too
