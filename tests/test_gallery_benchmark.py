@@ -11,7 +11,7 @@ from benchmarks import gallery as room
 from benchmarks import measure
 from benchmarks.contestants import Article
 from ddpm_utils import evaluation, runtime
-from ddpm_utils.diffusion import predict_x0, q_sample
+from ddpm_utils.diffusion import q_sample
 from ddpm_utils.gallery.anime import Attention
 from ddpm_utils.schedules import make_schedule
 
@@ -127,7 +127,7 @@ def test_memory_is_measured_in_a_process_of_its_own(fast):
 def test_the_noise_is_the_same_for_small_and_large_canvases(fast, monkeypatch):
     starts = {}
     monkeypatch.setattr(
-        room.sampling, "ddim_sample", lambda model, schedule, shape, steps, target, start: iter([(-1, start, start)])
+        room.sampling, "ddim_sample", lambda denoise, schedule, shape, steps, start: iter([(-1, start, start)])
     )
     for name in ("article", "guide"):
         made = room.CONTESTANTS[name](pictures(), 0, CPU)

@@ -169,4 +169,4 @@ def code_of(file: Path) -> list[str]:
 
 def test_the_package_is_small():
     counted = [file for file in FILES if room(file) not in {"gallery", "exercises", *COMMAND_LINE}]
-    assert sum(len(code_of(file)) for file in counted) <= 2850  # an evening's reading
+    assert sum(len(code_of(file)) for file in counted) <= 2960  # an evening's reading
