@@ -5,6 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from ddpm_utils.diffusion import (
+    Denoiser,
     diffusion_loss,
     p_mean_variance,
     p_sample,
@@ -73,10 +74,9 @@ def test_reverse_step_agrees_with_diffusers(name, target, clamp, variance):
     x_t, prediction = draws(4, seed=1)[1] * 1.5, draws(4, seed=2)[1]
     for step in (0, 1, 2, 10, T // 2, T - 2, T - 1):
         expected = theirs.step(prediction, step, x_t, generator=torch.Generator().manual_seed(step))
-        x_prev, x0_hat = p_sample(
-            lambda x, t, y: prediction, schedule, x_t, torch.full((4,), step), target, variance, clamp,
-            torch.Generator().manual_seed(step),
-        )  # fmt: skip
+        denoise = Denoiser(lambda x, t, y: prediction, schedule, target, clamp)
+        generator = torch.Generator().manual_seed(step)
+        x_prev, x0_hat = p_sample(denoise, schedule, x_t, torch.full((4,), step), variance, generator)
         torch.testing.assert_close(x0_hat, expected.pred_original_sample, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(x_prev, expected.prev_sample, rtol=1e-9, atol=1e-9)
 
@@ -229,12 +229,9 @@ def test_no_noise_at_t_0_and_only_there(variance):
     """In one batch: the image at t = 0 gets the mean, the other one noise."""
     schedule, t = make_schedule("cosine", 50), torch.tensor([0, 20])
     x_t, prediction = draws(2, torch.float32)
-    first, _ = p_sample(
-        lambda *_: prediction, schedule, x_t, t, "v", variance, generator=torch.Generator().manual_seed(1)
-    )
-    again, _ = p_sample(
-        lambda *_: prediction, schedule, x_t, t, "v", variance, generator=torch.Generator().manual_seed(2)
-    )
+    denoise = Denoiser(lambda *_: prediction, schedule, "v")
+    first, _ = p_sample(denoise, schedule, x_t, t, variance, torch.Generator().manual_seed(1))
+    again, _ = p_sample(denoise, schedule, x_t, t, variance, torch.Generator().manual_seed(2))
     assert torch.equal(first[0], again[0])
     assert not torch.isclose(first[1], again[1]).any()
 
@@ -245,9 +242,8 @@ def test_noise_has_the_variance_that_was_asked_for(variance):
     schedule, n, step = exact(linear_betas(20, scale=40)), 40_000, 10
     t = torch.full((n,), step)
     x_t = torch.zeros(n, 1, dtype=torch.float64)
-    x_prev, _ = p_sample(
-        lambda x, t, y: x, schedule, x_t, t, "x0", variance, generator=torch.Generator().manual_seed(0)
-    )
+    denoise = Denoiser(lambda x, t, y: x, schedule, "x0")
+    x_prev, _ = p_sample(denoise, schedule, x_t, t, variance, torch.Generator().manual_seed(0))
     _, var = p_mean_variance(schedule, x_t[:1], x_t[:1], t[:1], variance)
     assert x_prev.var().item() == pytest.approx(var.item(), rel=4 * (2 / n) ** 0.5)
 
@@ -257,9 +253,8 @@ def test_clamp_reaches_the_mean(target):
     schedule, t = exact(cosine_betas(50)), torch.full((3,), 30)
     x_t, prediction = 3 * draws(3)[1], 3 * draws(3, seed=5)[1]
     clamped = predict_x0(schedule, x_t, t, prediction, target).clamp(-1, 1)
-    x_prev, x0_hat = p_sample(
-        lambda *_: prediction, schedule, x_t, t, target, generator=torch.Generator().manual_seed(3)
-    )
+    denoise = Denoiser(lambda *_: prediction, schedule, target)
+    x_prev, x0_hat = p_sample(denoise, schedule, x_t, t, generator=torch.Generator().manual_seed(3))
     assert torch.equal(x0_hat, clamped) and x0_hat.abs().max() == 1
     mean, var = q_posterior(schedule, clamped, x_t, t)
     noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(3), dtype=x_t.dtype)
@@ -275,9 +270,90 @@ def test_reverse_step_hands_labels_on_and_keeps_no_graph():
         return weight * x
 
     t, y = torch.tensor([3, 4]), torch.tensor([7, 8])
-    x_prev, _ = p_sample(model, schedule, torch.randn(2, 1, 4, 4), t, y=y)
-    assert seen[0][0] is t and seen[0][1] is y
-    assert not x_prev.requires_grad
+    denoise = Denoiser(model, schedule)
+    x_prev, x0_hat = p_sample(denoise, schedule, torch.randn(2, 1, 4, 4), t, y=y)
+    assert len(seen) == 1 and seen[0][0] is t and seen[0][1] is y
+    assert not x_prev.requires_grad and not x0_hat.requires_grad
+
+
+def test_reverse_step_of_a_plain_denoiser_is_a_draw_around_its_x0_hat():
+    """Any function of (x_t, t, y) will do; nothing is clamped or converted on the way."""
+    schedule, t, y = exact(cosine_betas(50)), torch.tensor([5, 30, 49]), torch.tensor([1, 2, 3])
+    (x0_hat, x_t), seen = draws(3), []
+    x0_hat = 3 * x0_hat
+
+    def denoise(*inputs):
+        seen.append(inputs)
+        return x0_hat
+
+    x_prev, found = p_sample(denoise, schedule, x_t, t, "beta", torch.Generator().manual_seed(3), y)
+    assert found is x0_hat and len(seen) == 1 and all(a is b for a, b in zip(seen[0], (x_t, t, y), strict=True))
+    mean, var = p_mean_variance(schedule, x0_hat, x_t, t, "beta")
+    noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(3), dtype=x_t.dtype)
+    torch.testing.assert_close(x_prev, mean + var.sqrt() * noise)
+
+
+# ---- from a network to a denoiser
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+@pytest.mark.parametrize("target", THEIR_TARGET)
+def test_a_denoiser_answers_with_the_x0_hat_that_the_prediction_implies(target, clamp):
+    schedule, t = exact(cosine_betas(50)), torch.tensor([0, 10, 30, 49])
+    x_t, prediction = 3 * draws(4)[1], 3 * draws(4, seed=5)[1]
+    expected = predict_x0(schedule, x_t, t, prediction, target)
+    assert expected.abs().max() > 1 > expected.abs().min()
+    x0_hat = Denoiser(lambda *_: prediction, schedule, target, clamp)(x_t, t)
+    assert torch.equal(x0_hat, expected.clamp(-1, 1) if clamp else expected)
+
+
+@pytest.mark.parametrize("target", THEIR_TARGET)
+def test_a_denoiser_of_a_network_that_knows_all_finds_x0(target):
+    schedule, t = exact(cosine_betas(50)), torch.arange(50)
+    x0, eps = draws(50)
+    x_t, answer = q_sample(schedule, x0, t, eps), training_target(schedule, x0, t, eps, target)
+    x0_hat = Denoiser(lambda *_: answer, schedule, target)(x_t, t)
+    torch.testing.assert_close(x0_hat, x0, rtol=1e-9, atol=1e-9)
+
+
+def test_a_denoiser_s_network_predicts_eps_and_is_clamped_unless_told_otherwise():
+    schedule, t = exact(cosine_betas(50)), torch.tensor([0, 10, 30, 49])
+    x_t, prediction = 3 * draws(4)[1], 3 * draws(4, seed=5)[1]
+    expected = predict_x0(schedule, x_t, t, prediction, "eps").clamp(-1, 1)
+    assert torch.equal(Denoiser(lambda *_: prediction, schedule)(x_t, t), expected)
+
+
+@pytest.mark.parametrize("y", [None, torch.tensor([7, 8])])
+def test_a_denoiser_hands_its_network_x_t_t_and_labels(y):
+    schedule, seen = make_schedule("cosine", 10), []
+
+    def model(*inputs):
+        seen.append(inputs)
+        return inputs[0]
+
+    x_t, t = torch.randn(2, 1, 4, 4), torch.tensor([3, 4])
+    Denoiser(model, schedule)(x_t, t) if y is None else Denoiser(model, schedule)(x_t, t, y)
+    ((first, second, third),) = seen
+    assert first is x_t and second is t and third is y
+
+
+@pytest.mark.parametrize("target", THEIR_TARGET)
+def test_no_gradient_passes_a_denoiser(target):
+    """And outside of it gradients are as they were."""
+    schedule, t = make_schedule("cosine", 10), torch.tensor([3, 4])
+    network = torch.nn.Conv2d(1, 1, 1)
+    x_t = torch.randn(2, 1, 4, 4, requires_grad=True)
+    x0_hat = Denoiser(lambda x, t, y: network(x), schedule, target, clamp=False)(x_t, t)
+    assert torch.is_grad_enabled() and network(x_t).requires_grad and not x0_hat.requires_grad
+
+
+def test_a_denoiser_s_network_is_a_part_of_it():
+    """Its parameters and its modes are those of the network."""
+    network = torch.nn.Dropout(0.5)
+    denoise = Denoiser(network, make_schedule("cosine", 10))
+    assert network in set(denoise.modules())
+    denoise.eval()
+    assert not network.training
 
 
 # ---- the loss
@@ -341,6 +417,8 @@ def test_every_function_refuses_a_bad_t(bad, message):
         lambda: predict_x0(schedule, x, t, x),
         lambda: predict_eps(schedule, x, t, x),
         lambda: q_posterior(schedule, x, x, t),
+        lambda: Denoiser(lambda x, t, y: x, schedule)(x, t),
+        lambda: p_sample(Denoiser(lambda x, t, y: x, schedule), schedule, x, t),
         lambda: p_sample(lambda x, t, y: x, schedule, x, t),
         lambda: diffusion_loss(lambda x, t, y: x, schedule, x, t, x),
     ):
@@ -353,10 +431,15 @@ def test_refuses_an_unknown_target_or_variance():
     for call in (
         lambda: training_target(schedule, x, t, x, "noise"),
         lambda: predict_x0(schedule, x, t, x, "noise"),
-        lambda: p_sample(lambda x, t, y: x, schedule, x, t, "noise"),
+        lambda: Denoiser(lambda x, t, y: x, schedule, "noise")(x, t),
+        lambda: p_sample(Denoiser(lambda x, t, y: x, schedule, "noise"), schedule, x, t),
         lambda: diffusion_loss(lambda x, t, y: x, schedule, x, t, x, "noise"),
     ):
         with pytest.raises(ValueError, match="target='noise' is not known: choose 'eps', 'x0' or 'v'"):
             call()
-    with pytest.raises(ValueError, match="variance='large' is not known: choose 'beta_tilde' or 'beta'"):
-        p_mean_variance(schedule, x, x, t, "large")
+    for call in (
+        lambda: p_mean_variance(schedule, x, x, t, "large"),
+        lambda: p_sample(Denoiser(lambda x, t, y: x, schedule), schedule, x, t, "large"),
+    ):
+        with pytest.raises(ValueError, match="variance='large' is not known: choose 'beta_tilde' or 'beta'"):
+            call()

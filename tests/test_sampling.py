@@ -1,11 +1,12 @@
-"""The sampler with a perfect denoiser against exact moments, and its manners: modes, seeds, shapes, range."""
+"""The samplers with a perfect denoiser against exact moments, and what they promise: modes, seeds, shapes, range."""
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from networks import as_network
 from torch import nn
 
-from ddpm_utils.diffusion import predict_eps, predict_x0, q_posterior, training_target
+from ddpm_utils.diffusion import Denoiser, predict_eps, predict_x0, q_posterior, training_target
 from ddpm_utils.oracle import GaussianDenoiser
 from ddpm_utils.sampling import (
     Guided,
@@ -57,10 +58,16 @@ def exact_moments(betas, variance):
     return mean, cov
 
 
+def perfect(schedule):
+    return GaussianDenoiser(schedule, MEAN.float(), COVARIANCE.float())
+
+
 def sampled(betas, variance, target, n):
+    """By way of a network that predicts `target` and knows the data."""
     schedule = NoiseSchedule(betas)
-    model = GaussianDenoiser(schedule, MEAN.float(), COVARIANCE.float(), target)
-    return last(ddpm_sample(model, schedule, (n, 1, 1, 3), target, variance, False, seeded())).flatten(1).double()
+    network = as_network(perfect(schedule), schedule, target)
+    denoise = Denoiser(network, schedule, target, clamp=False)
+    return last(ddpm_sample(denoise, schedule, (n, 1, 1, 3), variance, seeded())).flatten(1).double()
 
 
 def assert_moments(x, mean, cov, errors=4.5, bias=0.0):
@@ -118,7 +125,8 @@ def test_whole_chain_agrees_with_diffusers(target, theirs):
     x = torch.randn(3, 2, 4, 4, generator=g)
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t.repeat(3)), t, x, generator=g).prev_sample
-    ours = last(ddpm_sample(model, schedule, (3, 2, 4, 4), target, generator=seeded(4)))
+    denoise = Denoiser(model, schedule, target)
+    ours = last(ddpm_sample(denoise, schedule, (3, 2, 4, 4), generator=seeded(4)))
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)
 
 
@@ -133,7 +141,8 @@ def test_yields_every_state_from_noise_to_picture():
         return 0.3 * x
 
     y = torch.tensor([1, 2])
-    states = list(ddpm_sample(model, schedule, (2, 1, 3, 3), "v", generator=seeded(), y=y))
+    denoise = Denoiser(model, schedule, "v")
+    states = list(ddpm_sample(denoise, schedule, (2, 1, 3, 3), generator=seeded(), y=y))
     assert [t for t, _, _ in states] == [*range(11, -1, -1), -1]
     assert torch.equal(states[0][1], torch.randn(2, 1, 3, 3, generator=seeded()))
     assert torch.equal(torch.stack([t for t, _ in calls]), torch.arange(11, -1, -1)[:, None].expand(12, 2))
@@ -147,7 +156,8 @@ def test_yields_every_state_from_noise_to_picture():
 
 def test_last_and_keep_pick_from_the_states():
     schedule = make_schedule("cosine", 10)
-    states = list(ddpm_sample(lambda x, t, y: x, schedule, (2, 1, 2, 2), generator=seeded()))
+    denoise = Denoiser(lambda x, t, y: x, schedule)
+    states = list(ddpm_sample(denoise, schedule, (2, 1, 2, 2), generator=seeded()))
     assert torch.equal(last(iter(states)), states[-1][1])
     kept = keep(iter(states), [9, torch.tensor(4)])
     assert sorted(kept) == [-1, 4, 9]
@@ -156,7 +166,9 @@ def test_last_and_keep_pick_from_the_states():
 
 def test_leaves_yielded_states_alone():
     """A reader who collects the states for a GIF must not find them changed by later steps."""
-    states = ddpm_sample(lambda x, t, y: x, make_schedule("cosine", 10), (2, 1, 2, 2), generator=seeded())
+    schedule = make_schedule("cosine", 10)
+    denoise = Denoiser(lambda x, t, y: x, schedule)
+    states = ddpm_sample(denoise, schedule, (2, 1, 2, 2), generator=seeded())
     _, x_t, x0_hat = next(states)
     before = x_t.clone(), x0_hat.clone()
     last(states)
@@ -168,9 +180,10 @@ def test_leaves_yielded_states_alone():
 
 def test_same_seed_same_picture_and_another_seed_another():
     schedule, shape = make_schedule("cosine", 10), (2, 1, 4, 4)
+    denoise = Denoiser(lambda x, t, y: 0.1 * x, schedule, "v")
 
     def picture(seed):
-        return last(ddpm_sample(lambda x, t, y: 0.1 * x, schedule, shape, "v", generator=seeded(seed)))
+        return last(ddpm_sample(denoise, schedule, shape, generator=seeded(seed)))
 
     torch.manual_seed(1)
     first = picture(7)
@@ -190,40 +203,52 @@ def test_clamped_pictures_lie_in_the_model_s_range_exactly(name, timesteps, scal
     def model(x, t, y):
         return 5 * torch.ones_like(x).cumsum(dim=1).sub(1.5).sign()
 
-    x = last(ddpm_sample(model, schedule, (2, 2, 3, 3), "x0", variance, generator=seeded()))
+    denoise = Denoiser(model, schedule, "x0")
+    x = last(ddpm_sample(denoise, schedule, (2, 2, 3, 3), variance, seeded()))
     assert x.min().item() == -1 and x.max().item() == 1
 
 
 def test_clamp_off_lets_a_prediction_through():
     schedule = make_schedule("cosine", 10)
-    x = last(
-        ddpm_sample(
-            lambda x, t, y: torch.full_like(x, 3.0), schedule, (1, 1, 2, 2), "x0", clamp=False, generator=seeded()
-        )
-    )
+    denoise = Denoiser(lambda x, t, y: torch.full_like(x, 3.0), schedule, "x0", clamp=False)
+    x = last(ddpm_sample(denoise, schedule, (1, 1, 2, 2), generator=seeded()))
     torch.testing.assert_close(x, torch.full_like(x, 3.0), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 4, 4), (5, 3, 8, 4), (2, 1, 12, 20)])
 def test_any_batch_and_any_size_the_network_takes(shape):
     model = UNet(channels=shape[1], widths=(8, 8), blocks=1, groups=4, heads=2, time_dim=8)
-    x = last(ddpm_sample(model, make_schedule("cosine", 3), shape, generator=seeded()))
+    schedule = make_schedule("cosine", 3)
+    x = last(ddpm_sample(Denoiser(model, schedule), schedule, shape, generator=seeded()))
     assert x.shape == shape and x.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:the last step still holds")
 def test_one_timestep_is_enough():
-    states = list(ddpm_sample(lambda x, t, y: x, make_schedule("linear", 1), (1, 1, 2, 2), "x0", generator=seeded()))
+    schedule = make_schedule("linear", 1)
+    denoise = Denoiser(lambda x, t, y: x, schedule, "x0")
+    states = list(ddpm_sample(denoise, schedule, (1, 1, 2, 2), generator=seeded()))
     assert [t for t, _, _ in states] == [0, -1]
 
 
-@pytest.mark.parametrize("kind, value", [("target", "noise"), ("variance", "large")])
-def test_refuses_an_unknown_word(kind, value):
-    with pytest.raises(ValueError, match=f"{kind}='{value}' is not known: choose"):
-        last(ddpm_sample(lambda x, t, y: x, make_schedule("cosine", 3), (1, 1, 2, 2), **{kind: value}))
+def test_refuses_an_unknown_word():
+    schedule = make_schedule("cosine", 3)
+    with pytest.raises(ValueError, match="target='noise' is not known: choose"):
+        last(ddpm_sample(Denoiser(lambda x, t, y: x, schedule, "noise"), schedule, (1, 1, 2, 2)))
+    with pytest.raises(ValueError, match="variance='large' is not known: choose"):
+        last(ddpm_sample(Denoiser(lambda x, t, y: x, schedule), schedule, (1, 1, 2, 2), variance="large"))
 
 
 # ---- modes
+
+
+SCHEDULE = make_schedule("cosine", 5)
+EVERY_SAMPLER = {
+    "ddpm": lambda denoise, **more: ddpm_sample(denoise, SCHEDULE, (2, 1, 2, 2), **more),
+    "ddim": lambda denoise, **more: ddim_sample(denoise, SCHEDULE, (2, 1, 2, 2), 5, **more),
+    "dpm": lambda denoise, **more: dpm_solver_sample(denoise, SCHEDULE, (2, 1, 2, 2), 5, **more),
+    "encode": lambda denoise, **more: ddim_encode(denoise, SCHEDULE, torch.zeros(2, 1, 2, 2), 5, **more),
+}
 
 
 class Watcher(nn.Module):
@@ -240,18 +265,20 @@ class Watcher(nn.Module):
         return 0.1 * x
 
 
+@pytest.mark.parametrize("sampler", EVERY_SAMPLER)
 @pytest.mark.parametrize("training", [True, False])
-def test_eval_mode_meanwhile_and_the_old_mode_afterwards(training):
+def test_eval_mode_meanwhile_and_the_old_mode_afterwards(training, sampler):
     model = Watcher().train(training)
-    last(ddpm_sample(model, make_schedule("cosine", 5), (1, 1, 2, 2), "v"))
+    denoise = Denoiser(model, SCHEDULE, "v")
+    last(EVERY_SAMPLER[sampler](denoise))
     assert model.modes == [(False, False)] * 5
-    assert model.training == training and model.inner.training == training
+    assert model.training == training and model.inner.training == training and denoise.training
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_old_mode_after_a_run_abandoned_midway(training):
     model = Watcher().train(training)
-    states = ddpm_sample(model, make_schedule("cosine", 5), (1, 1, 2, 2), "v")
+    states = ddpm_sample(Denoiser(model, SCHEDULE, "v"), SCHEDULE, (1, 1, 2, 2))
     next(states)
     assert not model.training
     states.close()
@@ -262,7 +289,7 @@ def test_old_mode_after_a_break_out_of_the_loop():
     model = Watcher().train()
 
     def first_state():
-        for state in ddpm_sample(model, make_schedule("cosine", 5), (1, 1, 2, 2), "v"):
+        for state in ddpm_sample(Denoiser(model, SCHEDULE, "v"), SCHEDULE, (1, 1, 2, 2)):
             return state
 
     first_state()
@@ -272,7 +299,7 @@ def test_old_mode_after_a_break_out_of_the_loop():
 def test_old_mode_after_an_exception():
     model = Watcher(fail_at=2).train()
     with pytest.raises(RuntimeError, match="out of paint"):
-        last(ddpm_sample(model, make_schedule("cosine", 5), (1, 1, 2, 2), "v"))
+        last(ddpm_sample(Denoiser(model, SCHEDULE, "v"), SCHEDULE, (1, 1, 2, 2)))
     assert model.training and model.inner.training
 
 
@@ -289,6 +316,21 @@ def test_every_part_gets_its_own_mode_back(outer, inner):
 def test_takes_a_plain_function_for_a_model():
     with eval_mode(lambda x, t, y: x) as model:
         assert model(1, 2, 3) == 1
+
+
+@pytest.mark.parametrize("sampler", EVERY_SAMPLER)
+def test_takes_a_plain_function_for_a_denoiser_and_hands_it_the_labels(sampler):
+    calls, y = [], torch.tensor([1, 2])
+
+    def denoise(x_t, t, y):
+        calls.append((t.tolist(), y))
+        return 0.3 * x_t
+
+    states = list(EVERY_SAMPLER[sampler](denoise, y=y))
+    times = [t for t, _, _ in states if t >= 0]
+    assert [t for t, _ in calls] == [[t, t] for t in times] and sorted(times) == [0, 1, 2, 3, 4]
+    assert all(given is y for _, given in calls)
+    assert all(torch.equal(x0_hat, 0.3 * x_t) for t, x_t, x0_hat in states if t >= 0)
 
 
 # ---- DDIM
@@ -324,10 +366,10 @@ def test_ddim_with_all_noise_and_all_steps_is_ddpm():
 
 def test_ddim_of_the_exact_denoiser_comes_closer_with_more_steps():
     schedule = NoiseSchedule(betas_for("cosine", 1000))
-    model = GaussianDenoiser(schedule, MEAN.float(), COVARIANCE.float(), "v")
+    denoise = perfect(schedule)
 
     def error(steps):
-        states = ddim_sample(model, schedule, (40_000, 1, 1, 3), steps, "v", clamp=False, generator=seeded())
+        states = ddim_sample(denoise, schedule, (40_000, 1, 1, 3), steps, generator=seeded())
         x = last(states).flatten(1).double()
         return (torch.cov(x.T) - COVARIANCE).norm().item()
 
@@ -341,7 +383,8 @@ def test_ddim_calls_the_network_as_often_as_asked(net, tiny, steps):
     cfg = tiny(timesteps=50)
     model, schedule, calls = net(cfg).train(), make_schedule(**cfg.noise()), []
     model.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[1].tolist()))
-    states = list(ddim_sample(model, schedule, (2, 1, 8, 8), steps, "v", generator=seeded()))
+    denoise = Denoiser(model, schedule, "v")
+    states = list(ddim_sample(denoise, schedule, (2, 1, 8, 8), steps, generator=seeded()))
     times = [t for t, _, _ in states]
     assert calls == [[t, t] for t in times[:-1]] and len(calls) == steps
     assert times[0] == 49 and times[-1] == -1 and (steps == 1 or times[-2] == 0)
@@ -349,7 +392,7 @@ def test_ddim_calls_the_network_as_often_as_asked(net, tiny, steps):
     assert all(x0_hat.abs().max() <= 1 for _, _, x0_hat in states)
     assert torch.equal(states[-1][1], states[-2][2])  # the last step lands on the last guess
     assert model.training
-    again = last(ddim_sample(model, schedule, (2, 1, 8, 8), steps, "v", generator=seeded()))
+    again = last(ddim_sample(denoise, schedule, (2, 1, 8, 8), steps, generator=seeded()))
     assert torch.equal(again, states[-1][1])
 
 
@@ -391,11 +434,12 @@ def test_times_may_be_given_one_by_one(sample):
         calls.append(t[0].item())
         return 0.1 * x
 
-    last(sample(model, schedule, (1, 1, 2, 2), [49, 30, 29, 3], "v", generator=seeded()))
+    denoise = Denoiser(model, schedule, "v")
+    last(sample(denoise, schedule, (1, 1, 2, 2), [49, 30, 29, 3], generator=seeded()))
     assert calls == [49, 30, 29, 3]
     for times in ([], [3, 3], [3, 10], [50, 2], [4, -1]):
         with pytest.raises(ValueError, match="must fall from at most 49 to at least 0"):
-            last(sample(model, schedule, (1, 1, 2, 2), times, "v"))
+            last(sample(denoise, schedule, (1, 1, 2, 2), times))
 
 
 # ---- second order
@@ -423,7 +467,8 @@ def test_dpm_solver_agrees_with_diffusers_from_equal_noise(name, target, theirs_
     x = start
     for t in theirs.timesteps:
         x = theirs.step(wavy(x, t.expand(3)), t, x).prev_sample
-    got = last(dpm_solver_sample(wavy, schedule, start.shape, times, target, clamp, start=start))
+    denoise = Denoiser(wavy, schedule, target, clamp)
+    got = last(dpm_solver_sample(denoise, schedule, start.shape, times, start=start))
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
 
 
@@ -438,8 +483,38 @@ def test_ddim_agrees_with_diffusers_from_equal_noise(name, steps):
     x = start = torch.randn(3, 1, 6, 6, generator=seeded())
     for t in theirs.timesteps:
         x = theirs.step(wavy(x, t.expand(3)), t, x, use_clipped_model_output=True).prev_sample
-    got = last(ddim_sample(wavy, schedule, start.shape, theirs.timesteps.tolist(), start=start))
+    denoise = Denoiser(wavy, schedule)
+    got = last(ddim_sample(denoise, schedule, start.shape, theirs.timesteps.tolist(), start=start))
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_a_number_of_dpm_solver_steps_is_spread_in_the_log_snr(name):
+    schedule = NoiseSchedule(betas_for(name, 1000))
+    denoise, shape = Denoiser(wavy, schedule, "v"), (2, 1, 4, 4)
+    times = spaced_timesteps(schedule, 20, "log_snr")
+
+    def states(sample, *steps, **order):
+        return list(sample(denoise, schedule, shape, *steps, generator=seeded(3), **order))
+
+    expected = states(dpm_solver_sample, 20)
+    assert [t for t, _, _ in expected] == [*times, -1]
+    for same in (
+        states(dpm_solver_sample),  # 20 is the default
+        states(dpm_solver_sample, times),
+        states(ddim_sample, times, order=2),
+    ):
+        for (t, x_t, x0_hat), (same_t, same_x_t, same_x0_hat) in zip(expected, same, strict=True):
+            assert t == same_t and torch.equal(x_t, same_x_t) and torch.equal(x0_hat, same_x0_hat)
+    for other in (states(dpm_solver_sample, spaced_timesteps(schedule, 20)), states(ddim_sample, times)):
+        assert (other[-1][1] - expected[-1][1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("steps", [0, 51, -3])
+def test_dpm_solver_refuses_times_that_the_schedule_has_not(steps):
+    schedule = make_schedule("cosine", 50)
+    with pytest.raises(ValueError, match=f"steps={steps} is outside 1 … 50"):
+        last(dpm_solver_sample(Denoiser(wavy, schedule), schedule, (1, 1, 2, 2), steps))
 
 
 def test_the_guess_of_the_second_order_is_exact_on_a_line():
@@ -457,13 +532,13 @@ def test_the_guess_of_the_second_order_is_exact_on_a_line():
 def test_second_order_falls_with_the_square_of_the_steps():
     """Against the probability flow of N(0, λ) in closed form: x grows as the standard deviation √(ᾱλ + 1 − ᾱ) does."""
     schedule, value = NoiseSchedule(betas_for("cosine", 4000)), 0.25
-    model = GaussianDenoiser(schedule, torch.zeros(1), torch.full((1, 1), value), "v")
+    denoise = GaussianDenoiser(schedule, torch.zeros(1), torch.full((1, 1), value))
     std = (schedule.alpha_bars * value + 1 - schedule.alpha_bars).sqrt()
     x_T = torch.ones(1, 1, 1, 1)
 
     def error(sample, steps):
         times = [t for t in spaced_timesteps(schedule, steps) if t < 3900]  # the last betas are cut off: one large step
-        states = {t: x for t, x, _ in sample(model, schedule, x_T.shape, times, "v", clamp=False, start=x_T)}
+        states = {t: x for t, x, _ in sample(denoise, schedule, x_T.shape, times, start=x_T)}
         return abs(states[0] - std[0] / std[times[0]]).item()
 
     ddim, dpm = ([error(sample, steps) for steps in (20, 40, 80)] for sample in (ddim_sample, dpm_solver_sample))
@@ -477,13 +552,13 @@ def test_second_order_falls_with_the_square_of_the_steps():
 
 def test_encoding_and_decoding_come_back_the_closer_the_more_steps():
     schedule = NoiseSchedule(betas_for("cosine", 1000))
-    model = GaussianDenoiser(schedule, MEAN.float(), COVARIANCE.float(), "v")
+    denoise = perfect(schedule)
     x0 = torch.randn(50, 1, 1, 3, generator=seeded()) * 0.4
 
     def there_and_back(steps):
-        *_, (t, x_T, _) = ddim_encode(model, schedule, x0, steps, "v")
+        *_, (t, x_T, _) = ddim_encode(denoise, schedule, x0, steps)
         assert t == 999
-        back = last(ddim_sample(model, schedule, x0.shape, steps, "v", clamp=False, start=x_T))
+        back = last(ddim_sample(denoise, schedule, x0.shape, steps, start=x_T))
         return (back - x0).square().mean().sqrt().item()
 
     errors = [there_and_back(steps) for steps in (10, 40, 160, 640)]
@@ -495,10 +570,10 @@ def test_encoding_and_decoding_come_back_the_closer_the_more_steps():
 def test_encoding_a_gaussian_gives_its_own_noise():
     """The data's standard scores, rotated back: what the probability flow of a Gaussian does, whitening."""
     schedule = NoiseSchedule(betas_for("cosine", 1000))
-    model = GaussianDenoiser(schedule, MEAN.float(), COVARIANCE.float(), "v")
+    denoise = perfect(schedule)
     z = torch.randn(10_000, 3, generator=seeded(), dtype=torch.float64)
     x0 = (MEAN + z @ torch.linalg.cholesky(COVARIANCE).T).float().view(-1, 1, 1, 3)
-    x_T = last(ddim_encode(model, schedule, x0, 1000, "v")).flatten(1).double()
+    x_T = last(ddim_encode(denoise, schedule, x0, 1000)).flatten(1).double()
     assert x_T.mean(dim=0).abs().max() < 0.05
     assert (torch.cov(x_T.T) - torch.eye(3)).abs().max() < 0.06
 
@@ -535,7 +610,8 @@ def test_guidance_goes_beyond_the_named_answer(scale, expected):
 def test_guidance_asks_for_both_answers_in_one_call_in_eval_mode():
     model, schedule = Labelled().train(), make_schedule("cosine", 10)
     y = torch.tensor([0, 2])
-    last(ddim_sample(Guided(model, 2.0), schedule, (2, 1, 2, 2), 3, "v", y=y, generator=seeded()))
+    denoise = Denoiser(Guided(model, 2.0), schedule, "v")
+    last(ddim_sample(denoise, schedule, (2, 1, 2, 2), 3, y=y, generator=seeded()))
     assert model.calls == [(4, [0, 2, 3, 3], False)] * 3 and model.training
     model.calls.clear()
     Guided(model, 2.0)(torch.ones(2, 1, 1, 1), torch.zeros(2, dtype=torch.long))
@@ -566,9 +642,55 @@ def test_guided_sampling_of_a_real_network(net, tiny):
     for parameter in model.parameters():  # as built, its residual branches are shut, and no label passes
         nn.init.normal_(parameter, std=0.2)
     y = torch.arange(4)
-    one, two = (
-        last(ddim_sample(Guided(model, scale), schedule, (4, 1, 8, 8), 5, "v", y=y, generator=seeded()))
-        for scale in (1.0, 3.0)
+    one, two, plain = (
+        last(ddim_sample(Denoiser(network, schedule, "v"), schedule, (4, 1, 8, 8), 5, y=y, generator=seeded()))
+        for network in (Guided(model, 1.0), Guided(model, 3.0), model)
     )
-    plain = last(ddim_sample(model, schedule, (4, 1, 8, 8), 5, "v", y=y, generator=seeded()))
     assert torch.equal(one, plain) and not torch.allclose(one, two)
+
+
+class Leaning(nn.Module):
+    """1.6·x with a label and 2·x without: guided by 3, 0.8·x."""
+
+    num_classes = 1
+
+    def forward(self, x, t, y=None):
+        return torch.tensor([1.6, 2.0])[y].view(-1, 1, 1, 1) * x
+
+
+@pytest.mark.parametrize("target", ["eps", "x0", "v"])
+def test_guidance_is_combined_before_the_clamp(target):
+    """By hand: guide the answers, take x0_hat from the result, clamp. Clamping both x0_hat first gives another image."""
+    schedule, scale, model = make_schedule("cosine", 50), 3.0, Leaning()
+    x_t, t = torch.randn(4, 1, 2, 2, generator=seeded()), torch.tensor([3, 20, 30, 40])
+    y, none = torch.zeros_like(t), torch.ones_like(t)
+    guided = model(x_t, t, none) + scale * (model(x_t, t, y) - model(x_t, t, none))
+    by_hand = predict_x0(schedule, x_t, t, guided, target).clamp(-1, 1)
+    got = Denoiser(Guided(model, scale), schedule, target)(x_t, t, y)
+    torch.testing.assert_close(got, by_hand, rtol=0, atol=1e-6)
+    clamped = Denoiser(model, schedule, target)
+    named_x0, free_x0 = clamped(x_t, t, y), clamped(x_t, t, none)
+    clamped_first = (free_x0 + scale * (named_x0 - free_x0)).clamp(-1, 1)
+    assert (clamped_first - by_hand).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("target", ["eps", "x0", "v"])
+def test_guidance_may_lead_two_images_beyond_the_range_back_into_it(target):
+    """2 without the label and 1.5 with it: 2 + 3 · (1.5 − 2) = 0.5. Clamped first, both are 1, and so is what guidance makes."""
+    schedule, t = make_schedule("cosine", 50), torch.tensor([3, 20, 30, 40])
+    x_t, y, free = torch.randn(4, 1, 2, 2, generator=seeded()), torch.zeros(4, dtype=torch.long), torch.ones(4).long()
+
+    def image(x, t, y):
+        return torch.tensor([1.5, 2.0])[y].view(-1, 1, 1, 1).expand_as(x)
+
+    class Network(nn.Module):
+        num_classes = 1
+
+        def forward(self, x, t, y=None):
+            return as_network(image, schedule, target)(x, t, y)
+
+    x0_hat = Denoiser(Guided(Network(), 3.0), schedule, target)(x_t, t, y)
+    torch.testing.assert_close(x0_hat, torch.full_like(x_t, 0.5), rtol=0, atol=1e-4)
+    for label in (y, free):
+        clamped = Denoiser(Network(), schedule, target)(x_t, t, label)
+        torch.testing.assert_close(clamped, torch.ones_like(x_t), rtol=0, atol=0)
