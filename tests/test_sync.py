@@ -34,7 +34,7 @@ BUILT_IN = {
         "optimizer": ["orthogonalise", "Muon"],
     },
     "05_sampling": {
-        "diffusion": ["q_posterior", "p_mean_variance", "p_sample"],
+        "diffusion": ["Denoiser", "q_posterior", "p_mean_variance", "p_sample"],
         "sampling": ["ddpm_sample"],
     },
     "06_fast_sampling": {
@@ -42,7 +42,6 @@ BUILT_IN = {
             "spaced_timesteps",
             "ddim_step",
             "multistep_guess",
-            "guess_x0",
             "ddim_sample",
             "dpm_solver_sample",
             "ddim_encode",
