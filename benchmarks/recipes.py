@@ -70,7 +70,9 @@ def draw_pictures(contestant: Training, n: int, own: bool, batch: int = 250) -> 
         if own:
             states = contestant.own_sample(shape, rng)
         else:
-            states = sampling.ddim_sample(contestant.denoiser(), contestant.schedule, shape, ddim_steps(), generator=rng)
+            states = sampling.ddim_sample(
+                contestant.denoiser(), contestant.schedule, shape, ddim_steps(), generator=rng
+            )
         parts.append(data.to_image_range(sampling.last(states)).cpu())
     return torch.cat(parts)
 

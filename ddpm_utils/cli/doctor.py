@@ -18,6 +18,9 @@ FLOORS = (
     "scikit-learn>=1.6",
     "ipywidgets>=7.7.1",
     "platformdirs>=4.3",
+    "filelock>=3.16",
+    "tqdm>=4.67",
+    "tyro>=1.0",
 )
 
 
