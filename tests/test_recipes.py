@@ -134,7 +134,9 @@ def test_each_recipe_trains_and_draws_in_fast_mode(name, tmp_path, monkeypatch, 
     assert command.main(["sample", "--recipe", name, "--weights", str(run), "--n", "2", "--out", str(out)]) == 0
     recipe, side = RECIPES[name], cfg.image_size
     files = ["grid.png", "samples.json"] + ["samples.gif"] * bool(recipe.frames) + ["strip.png"] * bool(recipe.strip)
-    assert sorted(path.name for path in out.iterdir()) == sorted(files) and f"wrote {files[0]}" in capsys.readouterr().out
+    assert (
+        sorted(path.name for path in out.iterdir()) == sorted(files) and f"wrote {files[0]}" in capsys.readouterr().out
+    )
     assert iio.imread(out / "grid.png").shape == (side, recipe.columns * (side + 2) - 2)
     if recipe.frames:  # more than T here, and equal ones become one
         assert len(iio.imread(out / "samples.gif")) >= cfg.timesteps

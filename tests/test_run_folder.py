@@ -392,7 +392,9 @@ def test_presets_know_the_number_of_images_and_the_gpu():
     [({}, "0"), ({"GOMP_SPINCOUNT": "100"}, "100"), ({"OMP_WAIT_POLICY": "active"}, None)],
 )
 def test_waiting_threads_sleep_unless_the_user_has_chosen(given, found):
-    code = "import os; from ddpm_utils import __main__ as c; c.main(['--help']); print(os.environ.get('GOMP_SPINCOUNT'))"
+    code = (
+        "import os; from ddpm_utils import __main__ as c; c.main(['--help']); print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
     env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run([sys.executable, "-c", code], env=env | given, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == str(found)

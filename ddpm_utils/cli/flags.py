@@ -50,7 +50,7 @@ class Train:
     device: DeviceFlag = None  # "cpu", "cuda", "cuda:1" or "mps"
     tensorboard: bool = False  # log for TensorBoard as well, if that is installed
     fields: Annotated[Fields, tyro.conf.arg(name="")] = Fields()
-    given: Annotated[dict, tyro.conf.Suppress] = field(default_factory=dict)  # the fields that were named, and no others
+    given: Annotated[dict, tyro.conf.Suppress] = field(default_factory=dict)  # the fields that were named
 
 
 @dataclass(frozen=True)
