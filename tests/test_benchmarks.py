@@ -185,7 +185,7 @@ def test_only_the_article_brings_a_sampler_and_a_constant_rate():
 
 
 def test_ours_is_the_packages_own_training_bit_for_bit(fast):
-    """Were the clock to run as evenly as the steps, the benchmark and `training.train` would make the same weights."""
+    """Were the clock to run as evenly as the steps, the benchmark and `runs.train` would make the same weights."""
     made = contestant("ours", 640)
     state = training.TrainState(made.cfg, contestant("ours", 640).model)
     total = made.cfg.steps(640)
