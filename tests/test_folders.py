@@ -17,7 +17,8 @@ from PIL import Image
 
 from ddpm_utils import data, folders, runtime
 from ddpm_utils.folders import FolderImages, find_images, load_folder, read_image, train_and_test
-from ddpm_utils.training import TrainState, train
+from ddpm_utils.runs import train
+from ddpm_utils.training import TrainState
 
 
 @pytest.fixture
