@@ -8,9 +8,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=1 DDPM_OUTPUT_DIR="$(CURDIR)/outputs/test" DDPM_CHECKPOINT_DIR="$(CURDIR)/outputs/test/checkpoints"
 COPIES := outputs/test/lessons
 
-# Waiting threads of OpenMP sleep rather than spin: beside other busy programs a lesson is then several times faster.
+# Waiting threads of OpenMP sleep soon instead of spinning on: beside other busy programs a lesson is then several times faster.
 ifndef OMP_WAIT_POLICY
-export GOMP_SPINCOUNT ?= 0
+export GOMP_SPINCOUNT ?= 30000
 endif
 
 # Values that people give reach the shell as text: no part of them is run.

@@ -23,13 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def share_the_cores() -> None:
-    """Let waiting threads of OpenMP sleep rather than spin, unless the user has chosen: before torch loads libgomp.
+    """Let waiting threads of OpenMP sleep soon instead of spinning on, unless the user has chosen: before torch loads libgomp.
 
-    With other busy programs on the machine, spinning threads slow a run several times; on an idle one sleeping costs little
-    (figures in benchmarks/README.md).
+    Beside other busy programs, threads that spin slow a run several times (figures in benchmarks/README.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "0")
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 
 class Quiet:
