@@ -64,7 +64,7 @@ def name_of(weights: str) -> str:
 def free_folder(name: str, about: dict) -> Path:
     """`outputs/samples/NAME`, or with a number behind it where files with another origin than `about` are there already."""
     for number in itertools.count(1):
-        folder = runtime.output_dir("samples") / (name if number == 1 else f"{name}-{number}")
+        folder = runtime.output_path("samples", name if number == 1 else f"{name}-{number}")
         try:
             if json.loads((folder / ABOUT).read_text(encoding="utf-8")) == about:
                 return folder
