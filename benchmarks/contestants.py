@@ -1,4 +1,6 @@
-"""The contestants: each a network with the way it is trained, one step at a time, on a clock of its own."""
+"""The contestants: each a network with the way it is trained, one step at a time, on a clock of its
+own.
+"""
 
 import json
 import math
@@ -22,7 +24,10 @@ WARM_UP_STEPS = 10  # on a GPU or when compiled, before the clock starts
 
 
 class Training:
-    """One contestant in training. `seconds` is its clock: it runs in `turn` alone, and there through every part of a step."""
+    """One contestant in training.
+
+    `seconds` is its clock: it runs in `turn` alone, and there through every part of a step.
+    """
 
     target, batch_size, clip = "eps", 128, None
     constant = False  # True: the rate never falls, so one run serves all marks
@@ -46,7 +51,9 @@ class Training:
         return cls.settings
 
     def set_up(self, seed: int, compiled: bool) -> None:
-        """What the subclass needs beside `model`: here the paper's linear schedule and Adam at a constant rate."""
+        """What the subclass needs beside `model`: here the paper's linear schedule and Adam at a
+        constant rate.
+        """
         steps = runtime.shrink(1000, 50)
         self.schedule = make_schedule("linear", steps, 1000 / steps).to(self.device)
         self.optimizer = self.make_optimizer()
@@ -63,7 +70,9 @@ class Training:
         raise NotImplementedError
 
     def step(self, progress: float) -> None:
-        """One step as the contestant takes it, from gathering the images to averaging the weights."""
+        """One step as the contestant takes it, from gathering the images to
+        averaging the weights.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(progress)
         x0 = data.to_model_range(self.images[self.draw()])
@@ -81,7 +90,9 @@ class Training:
 
     @classmethod
     def precision(cls, device: torch.device) -> torch.dtype:
-        """What it multiplies in: half as many bits where a GPU has them, and on a CPU float32, whatever the package does."""
+        """What it multiplies in: half as many bits where a GPU has them, and on a CPU float32,
+        whatever the package does.
+        """
         return package_precision(device) if device.type == "cuda" else torch.float32
 
     def autocast(self):
@@ -89,7 +100,9 @@ class Training:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def warm_up(self) -> None:
-        """Steps that leave no trace but compiled code: `warm_up_seconds` are told apart from `seconds`."""
+        """Steps that leave no trace but compiled code: `warm_up_seconds` are told apart from
+        `seconds`.
+        """
         before, began = self.state(), time.perf_counter()
         for _ in range(runtime.shrink(WARM_UP_STEPS, 2)):
             self.step(0.0)
@@ -98,7 +111,9 @@ class Training:
         self.load(before)
 
     def turn(self, budget: float, until: float) -> None:
-        """Train until the clock shows `until`; `budget` is where the run, and its learning rate, ends."""
+        """Train until the clock shows `until`; `budget` is where the run, and its learning rate,
+        ends.
+        """
         self.model.train()
         synchronise(self.device)
         before, began = self.seconds, time.perf_counter()
@@ -124,8 +139,14 @@ class Training:
         return all(weight.isfinite().all().item() for weight in self.network().parameters())
 
     def state(self) -> dict:
-        """All that `load` needs to go on exactly from here, in copies that later steps do not touch."""
-        pieces = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "order": self.order}
+        """All that `load` needs to go on exactly from here, in copies that later steps do not
+        touch.
+        """
+        pieces = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "order": self.order,
+        }
         pieces["average"] = None if self.average is None else self.average.state_dict()
         numbers = {"steps": self.steps, "seconds": self.seconds, "rng": self.rng.get_state()}
         return _copied(pieces) | numbers | {"warm_up_seconds": self.warm_up_seconds}
@@ -150,7 +171,9 @@ def _copied(value):
 
 
 class Ours(Training):
-    """The package's default: its config, network, optimizer, average, learning rate and training step."""
+    """The package's default: its config, network, optimizer, average, learning rate and training
+    step.
+    """
 
     memory_format = torch.channels_last
     changes = {}
@@ -162,13 +185,17 @@ class Ours(Training):
     @classmethod
     def config(cls, device: torch.device) -> TrainConfig:
         return for_this_run(
-            TrainConfig(**(preset_for(device.type, capability=runtime.capability(device)) | cls.changes))
+            TrainConfig(
+                **(preset_for(device.type, capability=runtime.capability(device)) | cls.changes)
+            )
         )
 
     @classmethod
     def describe(cls, device: torch.device, compiled: bool) -> str:
-        fields = cls.config(device).replace(epochs=1.0).to_dict()  # the clock says when the run ends
-        fields = {key: value for key, value in fields.items() if UNNAMED.get(key) != value}  # as older results say it
+        # the clock says when the run ends
+        fields = cls.config(device).replace(epochs=1.0).to_dict()
+        # as older results say it
+        fields = {key: value for key, value in fields.items() if UNNAMED.get(key) != value}
         return f"{json.dumps(fields)} in {cls.precision(device)}" + " compiled" * compiled
 
     @classmethod
@@ -180,20 +207,31 @@ class Ours(Training):
 
     def set_up(self, seed: int, compiled: bool) -> None:
         self.run = training.TrainState(self.cfg, self.model, self.device)
-        self.model, self.average, self.optimizer = self.run.model, self.run.ema.model, self.run.optimizer
-        self.schedule, self.target, self.batch_size = self.run.schedule, self.cfg.target, self.cfg.batch_size
+        self.model, self.average, self.optimizer = (
+            self.run.model,
+            self.run.ema.model,
+            self.run.optimizer,
+        )
+        self.schedule, self.target, self.batch_size = (
+            self.run.schedule,
+            self.cfg.target,
+            self.cfg.batch_size,
+        )
         # On a GPU this mode records CUDA graphs; the weights belong to `model` all the same.
         self.forward = torch.compile(self.model, mode="reduce-overhead") if compiled else self.model
 
     def step(self, progress: float) -> None:
-        # The package counts in steps: were the run to end after `total` of them, it would now be as far as the clock says.
+        # The package counts in steps: were the run to end after `total` of them, it would now be as
+        # far as the clock says.
         total = round(self.steps / progress) if progress > 0.02 else 10**9
         lr = training.learning_rate(self.steps, total, self.cfg)
         self.run.step = self.steps
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         x0, t, eps, _ = training.draw_batch(self.run, self.images)
-        training.train_step(self.forward, self.optimizer, self.schedule, x0, t, eps, self.target, self.cfg.grad_clip)
+        training.train_step(
+            self.forward, self.optimizer, self.schedule, x0, t, eps, self.target, self.cfg.grad_clip
+        )
         self.run.ema.update(self.model)
         self.steps += 1
 
@@ -226,10 +264,15 @@ class Float32(Ours):
 
 
 class Article(Training):
-    """The article's recipe: its network, Adam 1e-3, batch 128, uniform t, no average, no clipping; its own sampler beside."""
+    """The article's recipe: its network, Adam 1e-3, batch 128, uniform t, no average, no clipping;
+    its own sampler beside.
+    """
 
     constant = True
-    settings = "article network, Adam 1e-3 constant, batch 128, linear T=1000, eps, uniform t, no EMA, no clipping"
+    settings = (
+        "article network, Adam 1e-3 constant, batch 128, linear T=1000, eps, uniform t, no "
+        "EMA, no clipping"
+    )
 
     def build(self) -> nn.Module:
         return gallery.build("article", timesteps=runtime.shrink(1000, 50))
@@ -250,15 +293,18 @@ class Article(Training):
 
 
 class Diffusers(Training):
-    """What a user of diffusers would take: `UNet2DModel`, trained as the library's tutorial does, at a rate fit for minutes.
+    """What a user of diffusers would take: `UNet2DModel`, trained as the library's tutorial does,
+    at a rate fit for minutes.
 
-    The tutorial: AdamW, batch 16, gradients clipped to 1, a cosine rate after a warm-up, no average. Its rate of 1e-4 and 500
-    steps of warm-up are meant for hours; here they are 1e-3 and a twentieth of the time.
+    The tutorial: AdamW, batch 16, gradients clipped to 1, a cosine rate after a warm-up, no
+    average. Its rate of 1e-4 and 500 steps of warm-up are meant for hours; here they are 1e-3 and a
+    twentieth of the time.
     """
 
     batch_size, clip = 16, 1.0
     settings = (
-        "UNet2DModel 32/64/128, AdamW 1e-3, 5 % warm-up, cosine to 0, batch 16, clip 1, linear T=1000, eps, no EMA"
+        "UNet2DModel 32/64/128, AdamW 1e-3, 5 % warm-up, cosine to 0, batch 16, clip 1, "
+        "linear T=1000, eps, no EMA"
     )
 
     def build(self) -> nn.Module:
@@ -269,7 +315,8 @@ class Diffusers(Training):
 
     def rate(self, progress: float) -> float:
         return 1e-3 * min(
-            max(progress, 1e-3) / 0.05, 0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0.0, progress - 0.05) / 0.95))
+            max(progress, 1e-3) / 0.05,
+            0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0.0, progress - 0.05) / 0.95)),
         )
 
 
@@ -278,24 +325,35 @@ class DiffusersNetwork(nn.Module):
 
     def __init__(self):
         super().__init__()
-        from diffusers import UNet2DModel  # a test dependency, needed by those alone who ask for this contestant
+        # a test dependency, needed by those alone who ask for this contestant
+        from diffusers import UNet2DModel
 
         self.net = UNet2DModel(
-            sample_size=28, in_channels=1, out_channels=1, layers_per_block=2, block_out_channels=(32, 64, 128),
+            sample_size=28,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=2,
+            block_out_channels=(32, 64, 128),
             down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        )  # fmt: skip
+        )
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         return self.net(x, t).sample
 
 
 class Sketch(Training):
-    """The mark to beat, frozen. What its description leaves open is set in its favour: fused AdamW, a fused average."""
+    """The mark to beat, frozen.
+
+    What its description leaves open is set in its favour: fused AdamW, a fused average.
+    """
 
     target, batch_size, memory_format = "v", 64, torch.channels_last
-    settings = ("sketch network, AdamW 2e-3 without decay, 100 steps warm-up, linear to 2 % over the second half, batch 64, "
-                "cosine T=1000, v, uniform t, EMA min(0.99, (1+n)/(10+n)), channels_last, no clipping")  # fmt: skip
+    settings = (
+        "sketch network, AdamW 2e-3 without decay, 100 steps warm-up, linear to 2 % over the "
+        "second half, batch 64, "
+        "cosine T=1000, v, uniform t, EMA min(0.99, (1+n)/(10+n)), channels_last, no clipping"
+    )
 
     def build(self) -> nn.Module:
         return SketchNetwork()
@@ -307,7 +365,12 @@ class Sketch(Training):
     def set_up(self, seed: int, compiled: bool) -> None:
         super().set_up(seed, compiled)
         self.schedule = make_schedule("cosine", runtime.shrink(1000, 50)).to(self.device)
-        self.average = self.build().to(self.device, memory_format=self.memory_format).eval().requires_grad_(False)
+        self.average = (
+            self.build()
+            .to(self.device, memory_format=self.memory_format)
+            .eval()
+            .requires_grad_(False)
+        )
         self.average.load_state_dict(self.model.state_dict())
 
     def rate(self, progress: float) -> float:
@@ -317,7 +380,9 @@ class Sketch(Training):
         decay = min(0.99, (1 + self.steps) / (10 + self.steps))
         super().step(progress)
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+            torch._foreach_lerp_(
+                list(self.average.parameters()), list(self.model.parameters()), 1 - decay
+            )
 
 
 CHOICES = {
@@ -335,4 +400,10 @@ CHOICES = {
     "constant-rate": without(decay_from=1.0),
     "batch128": without(batch_size=128),
 }
-CONTESTANTS = {"ours": Ours, "paper": Paper, "sketch": Sketch, "article": Article, "diffusers": Diffusers} | CHOICES
+CONTESTANTS = {
+    "ours": Ours,
+    "paper": Paper,
+    "sketch": Sketch,
+    "article": Article,
+    "diffusers": Diffusers,
+} | CHOICES

@@ -1,7 +1,9 @@
-"""Our network beside the four published ones: what a step costs, and what each draws after equal time in training.
+"""Our network beside the four published ones: what a step costs, and what each draws after equal
+time in training.
 
-`python -m benchmarks.gallery` appends a line of JSON for every measurement and writes table, pictures and CSV beside it; given
-again, it goes on where it was stopped. Lesson 12 reads the CSV and the pictures.
+`python -m benchmarks.gallery` appends a line of JSON for every measurement and writes table,
+pictures and CSV beside it; given again, it goes on where it was stopped. Lesson 12 reads the CSV
+and the pictures.
 """
 
 import argparse
@@ -38,14 +40,43 @@ SMALL = ("ours", "article", "guide")  # what a CPU trains if nobody is named
 NAMES = ("ours", "article", "guide", "anime", "mnist32")
 MARK = 600.0  # seconds of training
 TURN = 15.0  # seconds that a contestant trains before the next one's turn
-SPEED_TURN, SPEED_TURNS = 10.0, 5  # seconds of a turn in which steps are timed, and how many each network has
+# seconds of a turn in which steps are timed, and how many each network has
+SPEED_TURN, SPEED_TURNS = 10.0, 5
 COMMON_BATCH = 32
-N, BATCH, CALLS, SHOWN = 1000, 100, 25, 16  # pictures measured, drawn at a time, calls a picture, pictures kept
+# pictures measured, drawn at a time, calls a picture, pictures kept
+N, BATCH, CALLS, SHOWN = 1000, 100, 25, 16
 COLUMNS = (
-    "what", "contestant", "setting", "channels", "size", "batch", "parameters", "trainable", "multiply_adds",
-    "flops_per_image", "images_per_second", "memory", "memory_by", "mark", "steps", "images", "distance", "floor", "n", "calls",
-    "seed", "precision", "settings", "device", "machine", "threads", "torch", "data", "date", "command",
-)  # fmt: skip
+    "what",
+    "contestant",
+    "setting",
+    "channels",
+    "size",
+    "batch",
+    "parameters",
+    "trainable",
+    "multiply_adds",
+    "flops_per_image",
+    "images_per_second",
+    "memory",
+    "memory_by",
+    "mark",
+    "steps",
+    "images",
+    "distance",
+    "floor",
+    "n",
+    "calls",
+    "seed",
+    "precision",
+    "settings",
+    "device",
+    "machine",
+    "threads",
+    "torch",
+    "data",
+    "date",
+    "command",
+)
 
 
 def recipe(name: str) -> TrainConfig:
@@ -54,7 +85,9 @@ def recipe(name: str) -> TrainConfig:
 
 
 class Published(Training):
-    """A network of the gallery, trained as its tutorial trains it; in float32, and with the layout of memory as it comes."""
+    """A network of the gallery, trained as its tutorial trains it; in float32, and with the layout
+    of memory as it comes.
+    """
 
     member = ""
 
@@ -64,7 +97,8 @@ class Published(Training):
         self.clip = self.cfg.grad_clip if self.cfg.grad_clip < NO_CLIPPING else None
         if images.shape[1] == 1:
             images = F.pad(images, [(SIZES[self.member] - images.shape[-1]) // 2] * 4)
-        # [0, 1] in a range that goes from −1 to 1: the upper half of 256 levels, so 128 levels of grey.
+        # [0, 1] in a range that goes from −1 to 1: the upper half of 256 levels, so 128 levels of
+        # grey.
         images = 128 + images // 2 if self.cfg.data_range == "unit" else images
         super().__init__(images, seed, device)
 
@@ -95,12 +129,18 @@ class Published(Training):
         if self.average is not None:
             with torch.no_grad():
                 weights = list(self.model.parameters())
-                torch._foreach_lerp_(list(self.average.parameters()), weights, 1 - self.cfg.ema_decay)
+                torch._foreach_lerp_(
+                    list(self.average.parameters()), weights, 1 - self.cfg.ema_decay
+                )
 
     def denoiser(self) -> Denoiser:
         """It holds x0_hat in the range that the network was trained on."""
         unit = self.cfg.data_range == "unit"
-        return FromZero(self.network(), self.schedule, "eps", clamp=False) if unit else super().denoiser()
+        return (
+            FromZero(self.network(), self.schedule, "eps", clamp=False)
+            if unit
+            else super().denoiser()
+        )
 
 
 class FromZero(Denoiser):
@@ -110,7 +150,9 @@ class FromZero(Denoiser):
         return super().forward(x_t, t, y).clamp(0, 1)
 
 
-CONTESTANTS = {"ours": Ours} | {name: type(name.capitalize(), (Published,), {"member": name}) for name in RECIPES}
+CONTESTANTS = {"ours": Ours} | {
+    name: type(name.capitalize(), (Published,), {"member": name}) for name in RECIPES
+}
 
 
 def random_images(name: str, setting: str, device: torch.device) -> Tensor:
@@ -120,11 +162,17 @@ def random_images(name: str, setting: str, device: torch.device) -> Tensor:
         cfg = recipe(name)
         shape = (cfg.channels, cfg.image_size, cfg.image_size)
     rng = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (runtime.shrink(256, 8), *shape), generator=rng).to(torch.uint8).to(device)
+    return (
+        torch.randint(0, 256, (runtime.shrink(256, 8), *shape), generator=rng)
+        .to(torch.uint8)
+        .to(device)
+    )
 
 
 def for_the_stopwatch(name: str, setting: str, device: torch.device) -> Training:
-    """The contestant in its published setting, or in the common one: 28×28 in grey (32×32 where 28 does not fit), batch 32."""
+    """The contestant in its published setting, or in the common one: 28×28 in grey (32×32 where 28
+    does not fit), batch 32.
+    """
     kind = CONTESTANTS[name]
     if name == "ours" and setting == "common":
         kind = without(batch_size=COMMON_BATCH)
@@ -136,7 +184,9 @@ def for_the_stopwatch(name: str, setting: str, device: torch.device) -> Training
 
 
 def multiply_adds(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> float:
-    """Multiplications, each with an addition, of convolutions and matrix products for one answer on one image (C, H, W)."""
+    """Multiplications, each with an addition, of convolutions and matrix products for one answer on
+    one image (C, H, W).
+    """
     x, t = torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.long, device=device)
     # With gradients, or PyTorch's own attention module takes a short cut that nothing counts.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), eval_mode(model):
@@ -145,7 +195,9 @@ def multiply_adds(model: nn.Module, shape: tuple[int, ...], device: torch.device
 
 
 def resident(field: str) -> int | None:
-    """Bytes of this process in memory: now (`VmRSS`) or at most so far (`VmHWM`); the system's own count where there is one."""
+    """Bytes of this process in memory: now (`VmRSS`) or at most so far (`VmHWM`); the system's own
+    count where there is one.
+    """
     status = Path("/proc/self/status")
     if status.is_file():  # `ru_maxrss` would not do here: a process inherits its parent's
         line = next(line for line in status.read_text().splitlines() if line.startswith(field))
@@ -154,11 +206,15 @@ def resident(field: str) -> int | None:
         import resource
     except ImportError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def load_libraries(device: torch.device) -> None:
-    """A step of hardly any network, so that what PyTorch loads on its first step is laid at nobody's door."""
+    """A step of hardly any network, so that what PyTorch loads on its first step is laid at
+    nobody's door.
+    """
     layer = nn.Conv2d(1, 8, 3).to(device)
     optimizer = torch.optim.Adam(layer.parameters())
     with runtime.autocast(device):
@@ -167,7 +223,9 @@ def load_libraries(device: torch.device) -> None:
 
 
 def memory_here(name: str, setting: str, device: torch.device) -> tuple[int | None, str]:
-    """Bytes that weights, optimizer and three training steps add to a process that has all libraries loaded, and who counted."""
+    """Bytes that weights, optimizer and three training steps add to a process that has all
+    libraries loaded, and who counted.
+    """
     load_libraries(device)
     before = resident("VmRSS")
     made = for_the_stopwatch(name, setting, device)
@@ -177,12 +235,23 @@ def memory_here(name: str, setting: str, device: torch.device) -> tuple[int | No
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "torch.cuda.max_memory_allocated"
     peak = resident("VmHWM")
-    return (None if before is None else peak - before), "growth of a fresh process's peak resident memory"
+    return (
+        None if before is None else peak - before
+    ), "growth of a fresh process's peak resident memory"
 
 
 def memory_of(name: str, setting: str, device: torch.device) -> tuple[int | None, str]:
     """`memory_here` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.gallery", "--memory-of", name, setting, "--device", str(device)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gallery",
+        "--memory-of",
+        name,
+        setting,
+        "--device",
+        str(device),
+    ]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"the memory of {name} could not be measured: {done.stderr[-500:]}")
@@ -194,16 +263,25 @@ def facts(name: str, setting: str, made: Training, device: torch.device) -> dict
     model, shape = made.model, tuple(made.images.shape[1:])
     memory, memory_by = memory_of(name, setting, device)
     return {
-        "what": "step", "contestant": name, "setting": setting, "channels": shape[0], "size": shape[-1], "batch": made.batch_size,
+        "what": "step",
+        "contestant": name,
+        "setting": setting,
+        "channels": shape[0],
+        "size": shape[-1],
+        "batch": made.batch_size,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "multiply_adds": multiply_adds(model, shape, device), "flops_per_image": flops_per_image(model, shape, device),
-        "memory": memory, "memory_by": memory_by,
-    }  # fmt: skip
+        "multiply_adds": multiply_adds(model, shape, device),
+        "flops_per_image": flops_per_image(model, shape, device),
+        "memory": memory,
+        "memory_by": memory_by,
+    }
 
 
 def draw_pictures(made: Training, n: int, side: int) -> Tensor:
-    """n pictures (n, 1, side, side) uint8 by a clamped DDIM; in the middle of larger canvases the noise is the same for all."""
+    """n pictures (n, 1, side, side) uint8 by a clamped DDIM; in the middle of larger canvases the
+    noise is the same for all.
+    """
     device, size = made.device, made.images.shape[-1]
     rng, around = (torch.Generator(device).manual_seed(SAMPLING_SEED + i) for i in (0, 1))
     edge, parts = (size - side) // 2, []
@@ -222,8 +300,17 @@ def draw_pictures(made: Training, n: int, side: int) -> Tensor:
 class Bench:
     """The run: which rows are wanted, which are there, and how the missing ones are made."""
 
-    def __init__(self, names: list[str], mark: float, n: int, out: Path, device: torch.device, command: str):
-        self.names, self.mark, self.n, self.out, self.device, self.command = names, mark, n, out, device, command
+    def __init__(
+        self, names: list[str], mark: float, n: int, out: Path, device: torch.device, command: str
+    ):
+        self.names, self.mark, self.n, self.out, self.device, self.command = (
+            names,
+            mark,
+            n,
+            out,
+            device,
+            command,
+        )
         self.sets = real_sets()
         self.same = machine(device, self.sets[0].title)
         self.rows = comparable_rows(out, self.same)
@@ -238,9 +325,17 @@ class Bench:
 
     def steps(self) -> None:
         """What a training step costs: all networks that miss a row, in turns."""
-        done = {(row["contestant"], row["setting"], row["settings"]) for row in self.rows if row["what"] == "step"}
+        done = {
+            (row["contestant"], row["setting"], row["settings"])
+            for row in self.rows
+            if row["what"] == "step"
+        }
         both = [(name, setting) for setting in ("published", "common") for name in NAMES]
-        wanted = [(name, setting) for name, setting in both if (name, setting, self.settings(name)) not in done]
+        wanted = [
+            (name, setting)
+            for name, setting in both
+            if (name, setting, self.settings(name)) not in done
+        ]
         timed: dict[tuple, list[float]] = {entry: [] for entry in wanted}
         made = {entry: for_the_stopwatch(*entry, self.device) for entry in wanted}
         for contestant in made.values():
@@ -253,18 +348,27 @@ class Bench:
                 timed[entry].append(images / (contestant.seconds - seconds))
         for (name, setting), contestant in made.items():
             row = facts(name, setting, contestant, self.device) | {
-                "images_per_second": statistics.median(timed[name, setting]), "seed": 0, "settings": self.settings(name),
+                "images_per_second": statistics.median(timed[name, setting]),
+                "seed": 0,
+                "settings": self.settings(name),
                 "precision": str(contestant.precision(self.device)).removeprefix("torch."),
-            }  # fmt: skip
+            }
             self.write(row)
             memory = "not measured" if row["memory"] is None else f"{row['memory'] / 2**20:.0f} MiB"
-            print(f"  {name}, {setting}: {row['images_per_second']:.1f} images/s, {memory}", flush=True)
+            print(
+                f"  {name}, {setting}: {row['images_per_second']:.1f} images/s, {memory}",
+                flush=True,
+            )
 
     def pictures(self) -> None:
         """Train whom the command names, in turns, to the mark, and draw."""
         drawn = [row for row in self.rows if row["what"] == "pictures"]
         done = {(row["contestant"], row["mark"], row["n"], row["settings"]) for row in drawn}
-        waiting = [name for name in self.names if (name, self.mark, self.n, self.settings(name)) not in done]
+        waiting = [
+            name
+            for name in self.names
+            if (name, self.mark, self.n, self.settings(name)) not in done
+        ]
         if not waiting:
             return
         ruler, live = Ruler(*self.sets, self.device), {}
@@ -275,7 +379,9 @@ class Bench:
             made = live[name] = live.get(name) or self.open(name, images)
             if made.seconds < self.mark:
                 made.turn(self.mark, min(self.mark, made.seconds + runtime.shrink(TURN, 0.2)))
-                save({"settings": self.settings(name), "state": made.state()}, self.checkpoint(name))
+                save(
+                    {"settings": self.settings(name), "state": made.state()}, self.checkpoint(name)
+                )
             if made.seconds < self.mark and made.is_finite():
                 waiting.append(name)
                 continue
@@ -305,19 +411,35 @@ class Bench:
             distance = ruler.distance(drawn)
             keep_pictures(self.out, name, drawn[:SHOWN])
         images = made.steps * made.batch_size
-        self.write({
-            "what": "pictures", "contestant": name, "setting": "Fashion-MNIST", "channels": 1, "size": made.images.shape[-1],
-            "batch": made.batch_size, "mark": self.mark, "steps": made.steps, "images": images,
-            "images_per_second": images / made.seconds, "distance": distance, "floor": floor, "n": self.n,
-            "calls": runtime.shrink(CALLS, 5), "seed": 0, "settings": self.settings(name),
-            "precision": str(made.precision(self.device)).removeprefix("torch."),
-        })  # fmt: skip
+        self.write(
+            {
+                "what": "pictures",
+                "contestant": name,
+                "setting": "Fashion-MNIST",
+                "channels": 1,
+                "size": made.images.shape[-1],
+                "batch": made.batch_size,
+                "mark": self.mark,
+                "steps": made.steps,
+                "images": images,
+                "images_per_second": images / made.seconds,
+                "distance": distance,
+                "floor": floor,
+                "n": self.n,
+                "calls": runtime.shrink(CALLS, 5),
+                "seed": 0,
+                "settings": self.settings(name),
+                "precision": str(made.precision(self.device)).removeprefix("torch."),
+            }
+        )
         words = "diverged" if distance is None else f"distance {distance:.1f}, floor {floor:.2f}"
         print(f"  {name}: {words}, {images:,} images", flush=True)
 
 
 def keep_pictures(out: Path, name: str, pictures: Tensor) -> None:
-    """Put a contestant's pictures, uint8, beside those of the others, so that the file is always whole."""
+    """Put a contestant's pictures, uint8, beside those of the others, so that the file is always
+    whole.
+    """
     path, kept = out.with_suffix(".npz"), {}
     if path.is_file():
         with np.load(path) as file:
@@ -328,38 +450,74 @@ def keep_pictures(out: Path, name: str, pictures: Tensor) -> None:
 
 
 def latest(rows: list[dict]) -> list[dict]:
-    """Of rows about the same thing the last one, in the order of the contestants; a picture row for everybody."""
+    """Of rows about the same thing the last one, in the order of the contestants; a picture row for
+    everybody.
+    """
     found = {(row["what"], row["contestant"], row["setting"], row.get("mark")): row for row in rows}
     drawn = {row["contestant"] for row in found.values() if row["what"] == "pictures"}
     for name in {row["contestant"] for row in rows} - drawn:
-        found["pictures", name, "", None] = {"what": "pictures", "contestant": name, "distance": "not measured"}
-    return sorted(found.values(), key=lambda row: (row["what"] == "pictures", NAMES.index(row["contestant"])))
+        found["pictures", name, "", None] = {
+            "what": "pictures",
+            "contestant": name,
+            "distance": "not measured",
+        }
+    return sorted(
+        found.values(), key=lambda row: (row["what"] == "pictures", NAMES.index(row["contestant"]))
+    )
 
 
 def report(out: Path) -> str:
-    """Tables in Markdown, returned and written; CSV and a figure of the pictures. Raises FileNotFoundError without results."""
+    """Tables in Markdown, returned and written; CSV and a figure of the pictures.
+
+    Raises FileNotFoundError without results.
+    """
     rows = latest(read_rows(out))
     if not rows:
-        raise FileNotFoundError(f"no results in {runtime.short_path(out)}: run `python -m benchmarks.gallery` first")
+        raise FileNotFoundError(
+            f"no results in {runtime.short_path(out)}: run `python -m benchmarks.gallery` first"
+        )
     write_csv(out, COLUMNS, rows)
     one = next(row for row in rows if "machine" in row)
-    lines = [f"{one['machine']}; {one['device']}; torch {one['torch']}; {one['data']}; `{one['command']}`", "",
-             "| network | setting | image | batch | parameters | multiply-adds | images/s | in | memory |",
-             "|---|---|---|" + "---:|" * 6]  # fmt: skip
+    lines = [
+        f"{one['machine']}; {one['device']}; torch {one['torch']}; {one['data']}; "
+        f"`{one['command']}`",
+        "",
+        "| network | setting | image | batch | parameters | multiply-adds | images/s | in | "
+        "memory |",
+        "|---|---|---|" + "---:|" * 6,
+    ]
     for row in (row for row in rows if row["what"] == "step"):
         shape = f"{row['channels']}×{row['size']}×{row['size']}"
         memory = "not measured" if row["memory"] is None else f"{row['memory'] / 2**20:,.0f} MiB"
         work, speed = f"{row['multiply_adds'] / 1e6:,.0f} M", f"{row['images_per_second']:.1f}"
-        cells = [row["contestant"], row["setting"], shape, row["batch"], f"{row['parameters']:,}", work, speed]
+        cells = [
+            row["contestant"],
+            row["setting"],
+            shape,
+            row["batch"],
+            f"{row['parameters']:,}",
+            work,
+            speed,
+        ]
         cells += [row["precision"], memory]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "| network | minutes of training | images seen | distance | floor |", "|---|---:|---:|---:|---:|"]
+    lines += [
+        "",
+        "| network | minutes of training | images seen | distance | floor |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for row in (row for row in rows if row["what"] == "pictures"):
         if "mark" not in row:
             lines.append(f"| {row['contestant']} | | | not measured | |")
             continue
         distance = "diverged" if row["distance"] is None else f"{row['distance']:.1f}"
-        cells = [row["contestant"], minutes(row["mark"]), f"{row['images']:,}", distance, f"{row['floor']:.2f}"]
+        cells = [
+            row["contestant"],
+            minutes(row["mark"]),
+            f"{row['images']:,}",
+            distance,
+            f"{row['floor']:.2f}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     draw_strips(out)
     text = "\n".join(lines) + "\n"
@@ -372,25 +530,45 @@ def draw_strips(out: Path) -> None:
     if not out.with_suffix(".npz").is_file():
         return
     with np.load(out.with_suffix(".npz")) as file:
-        rows = {name: data.to_model_range(torch.from_numpy(file[name])) for name in NAMES if name in file}
+        rows = {
+            name: data.to_model_range(torch.from_numpy(file[name]))
+            for name in NAMES
+            if name in file
+        }
     count = min(len(x) for x in rows.values())
-    plots.strip({name: x[:count] for name, x in rows.items()}, [""] * count).savefig(out.with_suffix(".png"))
+    plots.strip({name: x[:count] for name, x in rows.items()}, [""] * count).savefig(
+        out.with_suffix(".png")
+    )
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gallery", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gallery", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument(
-        "--contestants", nargs="+", choices=NAMES, help="who trains (CPU: the three small ones; else all)"
+        "--contestants",
+        nargs="+",
+        choices=NAMES,
+        help="who trains (CPU: the three small ones; else all)",
     )
     parser.add_argument("--minutes", type=float, help="of training for each (10)")
-    parser.add_argument("--n", type=int, default=runtime.shrink(N, 8), help="pictures a measurement (%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, mps; the best one here if left out")
-    parser.add_argument("--out", type=Path, help="file of the results (benchmarks/gallery_<device>.jsonl)")
-    parser.add_argument("--steps-only", action="store_true", help="measure what a step costs, and train nobody")
     parser.add_argument(
-        "--report", action="store_true", help="measure nothing, write the tables from the results there are"
+        "--n", type=int, default=runtime.shrink(N, 8), help="pictures a measurement (%(default)s)"
     )
-    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)  # what a child process is asked
+    parser.add_argument("--device", help="cpu, cuda, mps; the best one here if left out")
+    parser.add_argument(
+        "--out", type=Path, help="file of the results (benchmarks/gallery_<device>.jsonl)"
+    )
+    parser.add_argument(
+        "--steps-only", action="store_true", help="measure what a step costs, and train nobody"
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="measure nothing, write the tables from the results there are",
+    )
+    # what a child process is asked
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     device = runtime.pick_device(args.device)
     if args.memory_of:
@@ -406,7 +584,9 @@ def main(arguments: list[str]) -> None:
             if not args.steps_only:
                 bench.pictures()
         except KeyboardInterrupt:
-            raise SystemExit("stopped: the same command goes on from the last turn of each contestant") from None
+            raise SystemExit(
+                "stopped: the same command goes on from the last turn of each contestant"
+            ) from None
     print(report(out))
 
 

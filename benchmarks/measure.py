@@ -1,4 +1,6 @@
-"""What the benchmarks share: the clock, the machine's peak, the work in a step, and what the machine is called."""
+"""What the benchmarks share: the clock, the machine's peak, the work in a step, and what the
+machine is called.
+"""
 
 import math
 import os
@@ -43,9 +45,12 @@ def matrix_peak(device: torch.device, precision: torch.dtype) -> float:
 
 
 def flops_per_image(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> float:
-    """Floating point operations of convolutions and matrix products, forward and backward, for one image (C, H, W)."""
+    """Floating point operations of convolutions and matrix products, forward and backward, for one
+    image (C, H, W).
+    """
     x, t = torch.zeros(2, *shape, device=device), torch.zeros(2, dtype=torch.long, device=device)
-    # Attention as plain products: what a fused kernel computes again on the way back is no work of the network's.
+    # Attention as plain products: what a fused kernel computes again on the way back is no work of
+    # the network's.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(x, t).square().mean().backward()
     model.zero_grad()
@@ -53,11 +58,15 @@ def flops_per_image(model: nn.Module, shape: tuple[int, ...], device: torch.devi
 
 
 def real_sets() -> tuple[data.ImageSet, data.ImageSet]:
-    """Training and test set of Fashion-MNIST (in fast mode, digits); SystemExit if they are not to be had."""
+    """Training and test set of Fashion-MNIST (in fast mode, digits); SystemExit if they are not to
+    be had.
+    """
     dataset = runtime.shrink("fashion_mnist", "digits")
     train_set, test_set = data.load_images(dataset, "train"), data.load_images(dataset, "test")
     if train_set.title != data.TITLES[dataset]:
-        raise SystemExit(f"{data.TITLES[dataset]} was not found: nothing is measured on {train_set.title}")
+        raise SystemExit(
+            f"{data.TITLES[dataset]} was not found: nothing is measured on {train_set.title}"
+        )
     return train_set, test_set
 
 
@@ -66,6 +75,14 @@ def machine(device: torch.device, title: str) -> dict:
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {"device": runtime.hardware(device), "machine": f"{cpu}, {os.cpu_count()} cores", "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "data": title, "fast": runtime.is_fast()}  # fmt: skip
+        cpu = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu
+        )
+    return {
+        "device": runtime.hardware(device),
+        "machine": f"{cpu}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "data": title,
+        "fast": runtime.is_fast(),
+    }

@@ -1,7 +1,9 @@
-"""Train contestants in one run on one machine, in turns, to equal wall-clock marks, and measure what each draws by then.
+"""Train contestants in one run on one machine, in turns, to equal wall-clock marks, and measure
+what each draws by then.
 
-`python -m benchmarks.recipes` trains what the plan below says, appends a line of JSON for every measurement, and writes table,
-CSV and plot beside it; given again, it goes on where it was stopped. `--report` writes the table from what is there.
+`python -m benchmarks.recipes` trains what the plan below says, appends a line of JSON for every
+measurement, and writes table, CSV and plot beside it; given again, it goes on where it was stopped.
+`--report` writes the table from what is there.
 """
 
 import argparse
@@ -20,8 +22,9 @@ from .contestants import CHOICES, CONTESTANTS, Ours, Training
 from .measure import flops_per_image, machine, matrix_peak, real_sets
 from .results import append, comparable_rows, minutes, place_and_command, report
 
-# contestant: {mark in seconds of training: seeds}. A mark is a run of its own, whose learning rate ends there; only a
-# contestant whose rate never falls (`Article`) is one run, read off at each of its marks.
+# contestant: {mark in seconds of training: seeds}. A mark is a run of its own, whose learning rate
+# ends there; only a contestant whose rate never falls (`Article`) is one run, read off at each of
+# its marks.
 PLAN = {
     "ours": {60: [0], 120: [0], 150: [0], 300: [0, 1, 2], 600: [0]},
     "paper": {60: [0], 120: [0], 300: [0], 600: [0]},
@@ -29,16 +32,22 @@ PLAN = {
     "article": {300: [0], 600: [0]},
     "diffusers": {300: [0], 600: [0]},
 }
-# What each choice of the default buys: it alone is taken back. Three seeds of ours show how much of a difference is luck.
+# What each choice of the default buys: it alone is taken back. Three seeds of ours show how much of
+# a difference is luck.
 CHOICES_PLAN = {"ours": {120: [0, 1, 2]}} | {name: {120: [0]} for name in CHOICES}
-TURN = 15.0  # seconds that a contestant trains before the next one's turn, so that the machine's noise hits all alike
-N = 1000  # samples of the common sampler; a contestant's own sampler is measured at a quarter of them
+# seconds that a contestant trains before the next one's turn, so that the machine's noise hits all
+# alike
+TURN = 15.0
+# samples of the common sampler; a contestant's own sampler is measured at a quarter of them
+N = 1000
 DDIM_STEPS = 50  # of the common sampler
 SAMPLING_SEED = 1234  # of the noise that all contestants start from
 
 
 class Ruler:
-    """Fréchet distance to the whole training set in the features of our own classifier, and the floor at any n."""
+    """Fréchet distance to the whole training set in the features of our own classifier, and the
+    floor at any n.
+    """
 
     def __init__(self, train_set: data.ImageSet, test_set: data.ImageSet, device: torch.device):
         self.classifier = pretrained.obtain_classifier(train_set, device)
@@ -46,14 +55,24 @@ class Ruler:
         self.real = evaluation.extract_features(self.classifier, test_set.images)
 
     def distance(self, images: Tensor) -> float:
-        return evaluation.frechet_distance(evaluation.extract_features(self.classifier, images), self.reference)
+        return evaluation.frechet_distance(
+            evaluation.extract_features(self.classifier, images), self.reference
+        )
 
     def floor(self, n: int) -> float:
-        """The mean distance of n real test images, over as many disjoint draws as the test set gives."""
+        """The mean distance of n real test images, over as many disjoint draws as the test set
+        gives.
+        """
         if n > len(self.real):
-            raise ValueError(f"n={n} samples cannot be compared with {len(self.real)} test images: take fewer")
-        draws = self.real[torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0))].split(n)
-        return statistics.fmean(evaluation.frechet_distance(part, self.reference) for part in draws if len(part) == n)
+            raise ValueError(
+                f"n={n} samples cannot be compared with {len(self.real)} test images: take fewer"
+            )
+        draws = self.real[
+            torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0))
+        ].split(n)
+        return statistics.fmean(
+            evaluation.frechet_distance(part, self.reference) for part in draws if len(part) == n
+        )
 
 
 def ddim_steps() -> int:
@@ -62,7 +81,9 @@ def ddim_steps() -> int:
 
 
 def draw_pictures(contestant: Training, n: int, own: bool, batch: int = 250) -> Tensor:
-    """n pictures (n, 1, H, W) uint8 by the contestant's own sampler or the common one: every contestant meets the same noise."""
+    """n pictures (n, 1, H, W) uint8 by the contestant's own sampler or the common one: every
+    contestant meets the same noise.
+    """
     rng = torch.Generator(contestant.device).manual_seed(SAMPLING_SEED)
     parts = []
     for first in range(0, n, batch):
@@ -80,11 +101,22 @@ def draw_pictures(contestant: Training, n: int, own: bool, batch: int = 250) -> 
 class Bench:
     """The run: the plan, what is done of it, and the contestants in training."""
 
-    def __init__(self, plan: dict, out: Path, n: int, device: torch.device, compiled: bool, command: str):
-        self.plan, self.out, self.n, self.device, self.compiled, self.command = plan, out, n, device, compiled, command
+    def __init__(
+        self, plan: dict, out: Path, n: int, device: torch.device, compiled: bool, command: str
+    ):
+        self.plan, self.out, self.n, self.device, self.compiled, self.command = (
+            plan,
+            out,
+            n,
+            device,
+            compiled,
+            command,
+        )
         train_set, test_set = real_sets()
         if n > len(test_set):
-            raise SystemExit(f"--n {n}: the floor needs as many test images, and there are {len(test_set)}")
+            raise SystemExit(
+                f"--n {n}: the floor needs as many test images, and there are {len(test_set)}"
+            )
         self.same = machine(device, train_set.title)
         self.rows = comparable_rows(out, self.same)
         self.images = train_set.images.to(device)
@@ -92,9 +124,13 @@ class Bench:
         self.live: dict[tuple, Training] = {}
 
     def run(self) -> None:
-        """Mark by mark, shortest first; at each, all that have one take turns until they have reached it."""
+        """Mark by mark, shortest first; at each, all that have one take turns until they have
+        reached it.
+        """
         for mark in sorted({mark for marks in self.plan.values() for mark in marks}):
-            entries = [(name, seed) for name, marks in self.plan.items() for seed in marks.get(mark, [])]
+            entries = [
+                (name, seed) for name, marks in self.plan.items() for seed in marks.get(mark, [])
+            ]
             waiting = [entry for entry in entries if self.missing(*entry, mark)]
             if not waiting:
                 continue
@@ -103,7 +139,9 @@ class Bench:
                 self.floors = {n: self.ruler.floor(n) for n in (self.n, own_n(self.n))}
             print(f"{minutes(mark)} min: {len(waiting)} trainings in turns", flush=True)
             precisions = {CONTESTANTS[name].precision(self.device) for name in self.plan}
-            self.peaks = {precision: matrix_peak(self.device, precision) for precision in precisions}
+            self.peaks = {
+                precision: matrix_peak(self.device, precision) for precision in precisions
+            }
             while waiting:
                 name, seed = waiting.pop(0)
                 if self.train_a_turn(name, seed, mark):
@@ -113,11 +151,22 @@ class Bench:
                     waiting.append((name, seed))
 
     def missing(self, name: str, seed: int, mark: float) -> list[str]:
-        """The samplers whose result at this mark is not there yet; results of another recipe or n do not count."""
+        """The samplers whose result at this mark is not there yet; results of another recipe or n
+        do not count.
+        """
         kind, settings = CONTESTANTS[name], self.settings(name)
-        wanted = {"common": self.n} | ({"own": own_n(self.n)} if kind.own_sample is not Training.own_sample else {})
-        done = {(r["contestant"], r["seed"], r["mark"], r["sampler"], r["n"], r["settings"]) for r in self.rows}
-        return [sampler for sampler, n in wanted.items() if (name, seed, mark, sampler, n, settings) not in done]
+        wanted = {"common": self.n} | (
+            {"own": own_n(self.n)} if kind.own_sample is not Training.own_sample else {}
+        )
+        done = {
+            (r["contestant"], r["seed"], r["mark"], r["sampler"], r["n"], r["settings"])
+            for r in self.rows
+        }
+        return [
+            sampler
+            for sampler, n in wanted.items()
+            if (name, seed, mark, sampler, n, settings) not in done
+        ]
 
     def settings(self, name: str) -> str:
         return CONTESTANTS[name].describe(self.device, self.compiles(name))
@@ -133,16 +182,24 @@ class Bench:
         return runtime.checkpoint_dir("benchmarks", self.out.stem, f"{key}.pt")
 
     def train_a_turn(self, name: str, seed: int, mark: float) -> bool:
-        """Train one contestant for a while, and save it. True once it stands at the mark, or its weights are no numbers."""
+        """Train one contestant for a while, and save it.
+
+        True once it stands at the mark, or its weights are no numbers.
+        """
         key = self.key(name, seed, mark)
         contestant = self.live.get(key) or self.open(name, seed, mark)
         if contestant.seconds < mark:
             contestant.turn(mark, min(mark, contestant.seconds + runtime.shrink(TURN, 0.2)))
-            save({"settings": self.settings(name), "mark": mark, "state": contestant.state()}, self.checkpoint(key))
+            save(
+                {"settings": self.settings(name), "mark": mark, "state": contestant.state()},
+                self.checkpoint(key),
+            )
         return contestant.seconds >= mark or not contestant.is_finite()
 
     def open(self, name: str, seed: int, mark: float) -> Training:
-        """The contestant, warmed up where something is compiled, and as far as an earlier start of the same recipe took it."""
+        """The contestant, warmed up where something is compiled, and as far as an earlier start of
+        the same recipe took it.
+        """
         contestant = CONTESTANTS[name](self.images, seed, self.device, self.compiles(name))
         if self.device.type == "cuda" or self.compiles(name):
             contestant.warm_up()
@@ -168,25 +225,45 @@ class Bench:
         for sampler in self.missing(name, seed, mark):
             own = sampler == "own"
             n = own_n(self.n) if own else self.n
-            distance = self.ruler.distance(draw_pictures(contestant, n, own)) if contestant.is_finite() else None
+            distance = (
+                self.ruler.distance(draw_pictures(contestant, n, own))
+                if contestant.is_finite()
+                else None
+            )
             images = contestant.steps * contestant.batch_size
             row = {
-                "contestant": name, "seed": seed, "mark": mark, "sampler": sampler, "n": n,
+                "contestant": name,
+                "seed": seed,
+                "mark": mark,
+                "sampler": sampler,
+                "n": n,
                 "calls": len(contestant.schedule) if own else ddim_steps(),
-                "distance": distance, "floor": self.floors[n],
-                "seconds": contestant.seconds, "warm_up_seconds": contestant.warm_up_seconds,
-                "steps": contestant.steps, "images": images, "images_per_second": images / contestant.seconds,
+                "distance": distance,
+                "floor": self.floors[n],
+                "seconds": contestant.seconds,
+                "warm_up_seconds": contestant.warm_up_seconds,
+                "steps": contestant.steps,
+                "images": images,
+                "images_per_second": images / contestant.seconds,
                 "parameters": sum(p.numel() for p in contestant.model.parameters()),
-                "flops_per_image": flops_per_image(contestant.model, self.images.shape[1:], self.device),
-                "precision": str(precision).removeprefix("torch."), "peak_flops": self.peaks[precision],
-                "settings": self.settings(name), **self.same,
-                "date": datetime.date.today().isoformat(), "command": self.command,
-            }  # fmt: skip
+                "flops_per_image": flops_per_image(
+                    contestant.model, self.images.shape[1:], self.device
+                ),
+                "precision": str(precision).removeprefix("torch."),
+                "peak_flops": self.peaks[precision],
+                "settings": self.settings(name),
+                **self.same,
+                "date": datetime.date.today().isoformat(),
+                "command": self.command,
+            }
             append(self.out, row)
             self.rows.append(row)
             words = "diverged" if distance is None else f"{distance:.1f}, floor {row['floor']:.2f}"
-            print(f"  {name}, seed {seed}: {words} (n = {n}, {sampler} sampler), "
-                  f"{images:,} images, {row['images_per_second']:.0f} a second", flush=True)  # fmt: skip
+            print(
+                f"  {name}, seed {seed}: {words} (n = {n}, {sampler} sampler), "
+                f"{images:,} images, {row['images_per_second']:.0f} a second",
+                flush=True,
+            )
 
 
 def own_n(n: int) -> int:
@@ -201,8 +278,12 @@ def save(payload: dict, path: Path) -> None:
     os.replace(path.with_suffix(".part"), path)
 
 
-def choose(plan: dict, names: list[str] | None, marks: list[float] | None, seeds: list[int] | None) -> dict:
-    """The plan, or the part of it, or the marks (in minutes) and seeds, that the command line asks for."""
+def choose(
+    plan: dict, names: list[str] | None, marks: list[float] | None, seeds: list[int] | None
+) -> dict:
+    """The plan, or the part of it, or the marks (in minutes) and seeds, that the command line asks
+    for.
+    """
     chosen = {}
     for name in names or plan:
         usual = (CHOICES_PLAN | PLAN | plan)[name]
@@ -218,30 +299,59 @@ def choose(plan: dict, names: list[str] | None, marks: list[float] | None, seeds
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.recipes", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--contestants", nargs="+", choices=list(CONTESTANTS), help="who trains; the plan's if left out"
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.recipes", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("--choices", action="store_true", help="measure what each choice of the default buys, instead")
-    parser.add_argument("--minutes", nargs="+", type=float, help="marks for each, instead of the plan's")
-    parser.add_argument("--seeds", nargs="+", type=int, help="seeds at every mark, instead of the plan's")
-    parser.add_argument("--n", type=int, default=runtime.shrink(N, 8), help="samples a measurement (%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, mps; the best one here if left out")
-    parser.add_argument("--compile", action="store_true", help="torch.compile for ours and paper; CUDA graphs on a GPU")
-    parser.add_argument("--out", type=Path, help="file of the results (benchmarks/recipes_<device>.jsonl or choices_…)")
     parser.add_argument(
-        "--report", action="store_true", help="train nothing, write the table from the results there are"
+        "--contestants",
+        nargs="+",
+        choices=list(CONTESTANTS),
+        help="who trains; the plan's if left out",
+    )
+    parser.add_argument(
+        "--choices",
+        action="store_true",
+        help="measure what each choice of the default buys, instead",
+    )
+    parser.add_argument(
+        "--minutes", nargs="+", type=float, help="marks for each, instead of the plan's"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, help="seeds at every mark, instead of the plan's"
+    )
+    parser.add_argument(
+        "--n", type=int, default=runtime.shrink(N, 8), help="samples a measurement (%(default)s)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, mps; the best one here if left out")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile for ours and paper; CUDA graphs on a GPU",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="file of the results (benchmarks/recipes_<device>.jsonl or choices_…)",
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="train nothing, write the table from the results there are",
     )
     args = parser.parse_args(arguments)
     device = runtime.pick_device(args.device)
     stem = f"{'choices' if args.choices else 'recipes'}_{device.type}"
     out, command = place_and_command("recipes", arguments, args.out, stem)
     if not args.report:
-        plan = choose(CHOICES_PLAN if args.choices else PLAN, args.contestants, args.minutes, args.seeds)
+        plan = choose(
+            CHOICES_PLAN if args.choices else PLAN, args.contestants, args.minutes, args.seeds
+        )
         try:
             Bench(plan, out, args.n, device, args.compile, command).run()
         except KeyboardInterrupt:
-            raise SystemExit("stopped: the same command goes on from the last turn of each contestant") from None
+            raise SystemExit(
+                "stopped: the same command goes on from the last turn of each contestant"
+            ) from None
     print(report(out))
 
 

@@ -28,14 +28,18 @@ def read_rows(out: Path) -> list[dict]:
 
 
 def comparable_rows(out: Path, same: dict) -> list[dict]:
-    """The results so far. SystemExit if one of them differs in `same`, which is what results must share to be compared."""
+    """The results so far.
+
+    SystemExit if one of them differs in `same`, which is what results must share to be compared.
+    """
     rows = read_rows(out)
     for row in rows:
         if {key: row[key] for key in same} != same:
             weights = f", weights of {row['weights']}" if "weights" in same else ""
             raise SystemExit(
-                f"{runtime.short_path(out)} holds results of another machine or setting ({row['machine']}, "
-                f"{row['threads']} threads, torch {row['torch']}, {row['data']}{weights}): name another file with --out"
+                f"{runtime.short_path(out)} holds results of another machine or setting "
+                f"({row['machine']}, {row['threads']} threads, torch {row['torch']}, "
+                f"{row['data']}{weights}): name another file with --out"
             )
     return rows
 
@@ -58,8 +62,12 @@ def write_csv(out: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def place_and_command(module: str, arguments: list[str], given: Path | None, stem: str) -> tuple[Path, str]:
-    """The file of the results, `given` or `stem` in the usual folder, and the command line without folders of this machine."""
+def place_and_command(
+    module: str, arguments: list[str], given: Path | None, stem: str
+) -> tuple[Path, str]:
+    """The file of the results, `given` or `stem` in the usual folder, and the command line without
+    folders of this machine.
+    """
     folder = runtime.output_dir("benchmarks") if runtime.is_fast() else Path(__file__).parent
     out = given or folder / f"{stem}.jsonl"
     shown = [out.name if text == str(given) else text for text in arguments]
@@ -67,11 +75,15 @@ def place_and_command(module: str, arguments: list[str], given: Path | None, ste
 
 
 def current(rows: list[dict]) -> list[dict]:
-    """The results of each contestant's latest recipe, and of those that stand twice the later one."""
+    """The results of each contestant's latest recipe, and of those that
+    stand twice the later one.
+    """
     recipe = {row["contestant"]: row["settings"] for row in rows}
     places = ("contestant", "mark", "seed", "n", "sampler")
     latest = {
-        tuple(row[place] for place in places): row for row in rows if row["settings"] == recipe[row["contestant"]]
+        tuple(row[place] for place in places): row
+        for row in rows
+        if row["settings"] == recipe[row["contestant"]]
     }
     return list(latest.values())
 
@@ -101,13 +113,19 @@ def cell(rows: list[dict] | None) -> str:
         return "diverged"
     text = f"{middle:.1f} ({middle / rows[0]['floor']:.1f}×)"
     values = [r["distance"] for r in rows if r["distance"] is not None]
-    return text if len(rows) == 1 else f"{text} [{min(values):.1f} … {max(values):.1f}, {len(rows)} seeds]"
+    return (
+        text
+        if len(rows) == 1
+        else f"{text} [{min(values):.1f} … {max(values):.1f}, {len(rows)} seeds]"
+    )
 
 
 def peaks(rows: list[dict]) -> dict[str, float]:
     """The best matrix product of all measured, in each precision that somebody trained in."""
     kinds = sorted({row["precision"] for row in rows})
-    return {kind: max(row["peak_flops"] for row in rows if row["precision"] == kind) for kind in kinds}
+    return {
+        kind: max(row["peak_flops"] for row in rows if row["precision"] == kind) for kind in kinds
+    }
 
 
 def table(found: dict, peaks: dict[str, float]) -> list[str]:
@@ -132,12 +150,16 @@ def table(found: dict, peaks: dict[str, float]) -> list[str]:
             f"{flops / 1e6:.0f}",
             f"{speed * flops / peaks[kind]:.0%} {kind}",
         ]
-        lines.append("| " + " | ".join([name, *figures, *(cell(by_mark.get(mark)) for mark in marks)]) + " |")
+        lines.append(
+            "| " + " | ".join([name, *figures, *(cell(by_mark.get(mark)) for mark in marks)]) + " |"
+        )
     return lines
 
 
 def comparison(found: dict) -> list[str]:
-    """Ours against the others in words, at the marks that both have, and when ours reaches what the sketch ends with."""
+    """Ours against the others in words, at the marks that both have, and when ours reaches what the
+    sketch ends with.
+    """
     lines = []
     ours = {mark: median(rows) for mark, rows in found.get("ours", {}).items()}
     for name in found:
@@ -152,23 +174,36 @@ def comparison(found: dict) -> list[str]:
         reached = [m for m in ours if None not in (ours[m], value) and ours[m] <= value]
         if reached:
             lines.append(
-                f"- the sketch's {value:.1f} of {minutes(mark)} min: ours is there at {minutes(min(reached))} min"
+                f"- the sketch's {value:.1f} of {minutes(mark)} min: ours is there at "
+                f"{minutes(min(reached))} min"
             )
     return lines
 
 
 def draw_plot(found: dict, path: Path) -> None:
-    """Distance over floor against minutes, both logarithmic, a line a contestant: white ground, legible on a dark page too."""
+    """Distance over floor against minutes, both logarithmic, a line a contestant: white ground,
+    legible on a dark page too.
+    """
     fig, ax = plots.figure(width=7.0, height=4.2)
     colours = [plots.MODEL, plots.EXTRA, plots.DATA, plots.NOISE, "#E69F00"]
-    for (name, by_mark), colour, sign in zip(found.items(), cycle(colours), cycle("osD^v"), strict=False):
-        points = [(mark / 60, median(rows) / rows[0]["floor"], rows) for mark, rows in by_mark.items() if median(rows)]
-        ax.plot([p[0] for p in points], [p[1] for p in points], color=colour, marker=sign, label=name)
+    for (name, by_mark), colour, sign in zip(
+        found.items(), cycle(colours), cycle("osD^v"), strict=False
+    ):
+        points = [
+            (mark / 60, median(rows) / rows[0]["floor"], rows)
+            for mark, rows in by_mark.items()
+            if median(rows)
+        ]
+        ax.plot(
+            [p[0] for p in points], [p[1] for p in points], color=colour, marker=sign, label=name
+        )
         for x, _, rows in points:  # every seed, where there are several
             seeds = [r["distance"] / r["floor"] for r in rows if r["distance"] is not None]
             ax.plot([x] * len(seeds), seeds, color=colour, marker=sign, markersize=3, linewidth=0.8)
     ax.axhline(1, color=plots.REFERENCE, linestyle="--", label="floor: real test images")
-    ax.set(xscale="log", yscale="log", xlabel="minutes of training", ylabel="Fréchet distance / floor")
+    ax.set(
+        xscale="log", yscale="log", xlabel="minutes of training", ylabel="Fréchet distance / floor"
+    )
     marks = sorted({mark for by_mark in found.values() for mark in by_mark})
     ax.set_xticks([mark / 60 for mark in marks], [minutes(mark) for mark in marks], minor=False)
     top = max(p[1] for line in ax.lines for p in line.get_xydata()) if ax.lines else 1
@@ -184,35 +219,68 @@ def preface(rows: list[dict]) -> list[str]:
     last, dates = rows[-1], sorted({row["date"] for row in rows})
     period = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     best = " and ".join(f"{peak / 1e9:.0f} GFLOP/s in {kind}" for kind, peak in peaks(rows).items())
-    commands = "; ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
+    commands = "; ".join(
+        f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows)
+    )
     return [
         "# Fréchet distance after minutes of training",
         "",
-        f"{last['data']}; {last['machine']}; {last['device']}; torch {last['torch']}; {period}; {commands}.",
+        f"{last['data']}; {last['machine']}; {last['device']}; torch {last['torch']}; {period}; "
+        f"{commands}.",
         f"A large matrix product reaches {best} here, the best of all measured.",
         "",
-        "Distances are between features of this project's own classifier, not Inception's: compare them with nothing outside",
-        "this page. In brackets the multiple of the floor, which is the mean distance of as many real test images from the",
+        "Distances are between features of this project's own classifier, not Inception's: "
+        "compare them with nothing outside",
+        "this page. In brackets the multiple of the floor, which is the mean distance of as many "
+        "real test images from the",
         "same reference, the whole training set. Only time inside training steps counts.",
     ]
 
 
-COLUMNS = ("contestant", "mark", "seed", "sampler", "n", "distance", "floor", "seconds", "warm_up_seconds", "steps", "images",
-           "images_per_second", "parameters", "flops_per_image", "precision", "peak_flops", "date")  # fmt: skip
+COLUMNS = (
+    "contestant",
+    "mark",
+    "seed",
+    "sampler",
+    "n",
+    "distance",
+    "floor",
+    "seconds",
+    "warm_up_seconds",
+    "steps",
+    "images",
+    "images_per_second",
+    "parameters",
+    "flops_per_image",
+    "precision",
+    "peak_flops",
+    "date",
+)
 
 
 def report(out: Path) -> str:
-    """Table (returned, and `.md`), `.csv` and `.png` beside the results in `out`. Raises FileNotFoundError if there are none."""
+    """Table (returned, and `.md`), `.csv` and `.png` beside the results in `out`.
+
+    Raises FileNotFoundError if there are none.
+    """
     rows = current(read_rows(out))
     if not rows:
-        raise FileNotFoundError(f"no results in {runtime.short_path(out)}: run `python -m benchmarks.recipes` first")
+        raise FileNotFoundError(
+            f"no results in {runtime.short_path(out)}: run `python -m benchmarks.recipes` first"
+        )
     write_csv(out, COLUMNS, rows)
     lines = [*preface(rows), ""]
-    for sampler, title in (("common", "the common sampler, a clamped DDIM"), ("own", "the contestant's own sampler")):
+    for sampler, title in (
+        ("common", "the common sampler, a clamped DDIM"),
+        ("own", "the contestant's own sampler"),
+    ):
         for n in sorted({row["n"] for row in rows if row["sampler"] == sampler}, reverse=True):
             found = summary(rows, n, sampler)
             one = next(iter(next(iter(found.values())).values()))[0]
-            lines += [f"## {title} of {one['calls']} calls, n = {n:,}, floor {one['floor']:.2f}", ""]
+            lines += [
+                f"## {title} of {one['calls']} calls, n = {n:,}, floor {one['floor']:.2f}",
+                "",
+            ]
             lines += [*table(found, peaks(rows)), "", *comparison(found), ""]
     largest = max(row["n"] for row in rows if row["sampler"] == "common")
     if len({row["mark"] for row in rows}) > 1:

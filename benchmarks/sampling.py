@@ -1,7 +1,9 @@
-"""Quality against network calls: every sampler draws from the shipped weights, from the same noise, with few calls and many.
+"""Quality against network calls: every sampler draws from the shipped weights, from the same noise,
+with few calls and many.
 
-`python -m benchmarks.sampling` appends a line of JSON for every measurement and writes CSV and plot beside it; given again, it
-goes on where it was stopped. Lesson 06 draws its slow points from the CSV.
+`python -m benchmarks.sampling` appends a line of JSON for every measurement and writes CSV and plot
+beside it; given again, it goes on where it was stopped. Lesson 06 draws its slow points from the
+CSV.
 """
 
 import argparse
@@ -36,11 +38,31 @@ PLAN = {
 N = 1000  # pictures a measurement
 BATCH = 250
 SEED = 0  # of the noise that all start from
-COLUMNS = ("name", "sampler", "spacing", "eta", "calls", "n", "distance", "floor", "seconds", "weights", "seed",
-           "device", "machine", "threads", "torch", "data", "date", "command")  # fmt: skip
+COLUMNS = (
+    "name",
+    "sampler",
+    "spacing",
+    "eta",
+    "calls",
+    "n",
+    "distance",
+    "floor",
+    "seconds",
+    "weights",
+    "seed",
+    "device",
+    "machine",
+    "threads",
+    "torch",
+    "data",
+    "date",
+    "command",
+)
 
 
-def draw(denoise, schedule, shape, sampler: str, spacing: str, eta: float, calls: int, rng) -> Tensor:
+def draw(
+    denoise, schedule, shape, sampler: str, spacing: str, eta: float, calls: int, rng
+) -> Tensor:
     """Images of `shape` in model range, from the noise that `rng` gives next."""
     if sampler == "ddpm":
         return sampling.last(sampling.ddpm_sample(denoise, schedule, shape, generator=rng))
@@ -50,7 +72,9 @@ def draw(denoise, schedule, shape, sampler: str, spacing: str, eta: float, calls
     return sampling.last(sampling.dpm_solver_sample(denoise, schedule, shape, times, rng))
 
 
-def measure(model, cfg, ruler: Ruler, n: int, device, sampler: str, spacing: str, eta: float, calls: int) -> dict:
+def measure(
+    model, cfg, ruler: Ruler, n: int, device, sampler: str, spacing: str, eta: float, calls: int
+) -> dict:
     """Fréchet distance of n pictures, and the seconds it took to draw them."""
     schedule = make_schedule(**cfg.noise()).to(device)
     denoise = Denoiser(model, schedule, cfg.target)
@@ -62,7 +86,10 @@ def measure(model, cfg, ruler: Ruler, n: int, device, sampler: str, spacing: str
         parts.append(draw(denoise, schedule, shape, sampler, spacing, eta, calls, rng))
     synchronise(device)
     seconds = time.perf_counter() - began
-    return {"distance": ruler.distance(data.to_image_range(torch.cat(parts)).cpu()), "seconds": seconds}
+    return {
+        "distance": ruler.distance(data.to_image_range(torch.cat(parts)).cpu()),
+        "seconds": seconds,
+    }
 
 
 def run(out: Path, n: int, device, most: int, command: str) -> None:
@@ -70,7 +97,11 @@ def run(out: Path, n: int, device, most: int, command: str) -> None:
     dataset = runtime.shrink("fashion_mnist", "digits")
     train_set, test_set = real_sets()
     cfg = config.for_this_run(config.TrainConfig(dataset))
-    model = pretrained.obtain(cfg, device, seconds=2) if runtime.is_fast() else pretrained.load(dataset, device)[0]
+    model = (
+        pretrained.obtain(cfg, device, seconds=2)
+        if runtime.is_fast()
+        else pretrained.load(dataset, device)[0]
+    )
     same = {
         "weights": "fast mode" if runtime.is_fast() else pretrained.card(dataset)["date"],
         **machine(device, train_set.title),
@@ -87,22 +118,44 @@ def run(out: Path, n: int, device, most: int, command: str) -> None:
     for calls, name in waiting:
         sampler, spacing, eta, _ = PLAN[name]
         found = measure(model, cfg, ruler, n, device, sampler, spacing, eta, calls)
-        row = {"name": name, "sampler": sampler, "spacing": spacing, "eta": eta, "calls": calls, "n": n, **found,
-               "floor": floor, "seed": SEED, **same, "date": datetime.date.today().isoformat(), "command": command}  # fmt: skip
+        row = {
+            "name": name,
+            "sampler": sampler,
+            "spacing": spacing,
+            "eta": eta,
+            "calls": calls,
+            "n": n,
+            **found,
+            "floor": floor,
+            "seed": SEED,
+            **same,
+            "date": datetime.date.today().isoformat(),
+            "command": command,
+        }
         append(out, row)
         print(
-            f"{name}, {calls} calls: {found['distance']:.2f}, floor {floor:.2f}, {found['seconds']:.0f} s", flush=True
+            f"{name}, {calls} calls: {found['distance']:.2f}, floor {floor:.2f}, "
+            f"{found['seconds']:.0f} s",
+            flush=True,
         )
 
 
 def report(out: Path) -> str:
-    """A table in Markdown, which is returned, and CSV and plot beside `out`. Raises FileNotFoundError if there are no results."""
+    """A table in Markdown, which is returned, and CSV and plot beside `out`.
+
+    Raises FileNotFoundError if there are no results.
+    """
     rows = sorted(read_rows(out), key=lambda row: (list(PLAN).index(row["name"]), row["calls"]))
     if not rows:
-        raise FileNotFoundError(f"no results in {runtime.short_path(out)}: run `python -m benchmarks.sampling` first")
+        raise FileNotFoundError(
+            f"no results in {runtime.short_path(out)}: run `python -m benchmarks.sampling` first"
+        )
     write_csv(out, COLUMNS, rows)
     calls = sorted({row["calls"] for row in rows})
-    lines = ["| sampler | " + " | ".join(f"{c} calls" for c in calls) + " |", "|---" + "|---:" * len(calls) + "|"]
+    lines = [
+        "| sampler | " + " | ".join(f"{c} calls" for c in calls) + " |",
+        "|---" + "|---:" * len(calls) + "|",
+    ]
     for name in dict.fromkeys(row["name"] for row in rows):
         found = {row["calls"]: f"{row['distance']:.1f}" for row in rows if row["name"] == name}
         lines.append(f"| {name} | " + " | ".join(found.get(c, "") for c in calls) + " |")
@@ -113,8 +166,12 @@ def report(out: Path) -> str:
 def draw_plot(rows: list[dict], path: Path) -> None:
     """Distance over floor against calls, both logarithmic, a line a sampler."""
     fig, ax = plots.figure(width=7.0, height=4.2)
-    for name, sign in zip(dict.fromkeys(row["name"] for row in rows), cycle("osD^vP*X"), strict=False):
-        points = [(row["calls"], row["distance"] / row["floor"]) for row in rows if row["name"] == name]
+    for name, sign in zip(
+        dict.fromkeys(row["name"] for row in rows), cycle("osD^vP*X"), strict=False
+    ):
+        points = [
+            (row["calls"], row["distance"] / row["floor"]) for row in rows if row["name"] == name
+        ]
         ax.loglog(*zip(*points, strict=True), marker=sign, label=name)
     ax.set(xlabel="network calls a picture", ylabel="Fréchet distance / floor")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -122,15 +179,26 @@ def draw_plot(rows: list[dict], path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--n", type=int, default=runtime.shrink(N, 24), help="pictures a measurement (%(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.sampling", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument(
-        "--most", type=int, default=1000, help="leave out what takes more calls than this (%(default)s)"
+        "--n", type=int, default=runtime.shrink(N, 24), help="pictures a measurement (%(default)s)"
+    )
+    parser.add_argument(
+        "--most",
+        type=int,
+        default=1000,
+        help="leave out what takes more calls than this (%(default)s)",
     )
     parser.add_argument("--device", help="cpu, cuda, mps; the best one here if left out")
-    parser.add_argument("--out", type=Path, help="file of the results (benchmarks/sampling_<device>.jsonl)")
     parser.add_argument(
-        "--report", action="store_true", help="measure nothing, write the table from the results there are"
+        "--out", type=Path, help="file of the results (benchmarks/sampling_<device>.jsonl)"
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="measure nothing, write the table from the results there are",
     )
     args = parser.parse_args(arguments)
     device = runtime.pick_device(args.device)

@@ -1,7 +1,8 @@
-"""The network of the sketch, the mark that our default has to beat: frozen here, whatever becomes of `ddpm_utils.unet`.
+"""The network of the sketch, the mark that our default has to beat: frozen here, whatever becomes
+of `ddpm_utils.unet`.
 
-2×2 pixels fold into channels, two levels (14×14 and 7×7), two residual blocks a level on the way down and two on the way up,
-one attention at 7×7, one skip a level, joined by concatenation.
+2×2 pixels fold into channels, two levels (14×14 and 7×7), two residual blocks a level on the way
+down and two on the way up, one attention at 7×7, one skip a level, joined by concatenation.
 """
 
 import math
@@ -21,13 +22,18 @@ def zero(layer: nn.Module) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Twice norm, SiLU, conv3, beside a shortcut; time scales and shifts after the second norm; the last conv starts at 0."""
+    """Twice norm, SiLU, conv3, beside a shortcut; time scales and shifts after the second norm; the
+    last conv starts at 0.
+    """
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(GROUPS, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(TIME, 2 * c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(GROUPS, c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.norm2, self.conv2 = (
+            nn.GroupNorm(GROUPS, c_out),
+            zero(nn.Conv2d(c_out, c_out, 3, padding=1)),
+        )
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -37,21 +43,35 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every position looks at every other, in four heads; added to its input, and nothing at the start."""
+    """Every position looks at every other, in four heads; added to its input, and nothing at the
+    start.
+    """
 
     def __init__(self, c: int):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.GroupNorm(GROUPS, c), nn.Conv2d(c, 3 * c, 1), zero(nn.Conv2d(c, c, 1))
+        self.norm, self.qkv, self.out = (
+            nn.GroupNorm(GROUPS, c),
+            nn.Conv2d(c, 3 * c, 1),
+            zero(nn.Conv2d(c, c, 1)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(n, 3 * HEADS, c // HEADS, -1).transpose(2, 3).chunk(3, dim=1)
+        q, k, v = (
+            self.qkv(self.norm(x))
+            .view(n, 3 * HEADS, c // HEADS, -1)
+            .transpose(2, 3)
+            .chunk(3, dim=1)
+        )
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h.transpose(2, 3).reshape(n, c, height, width))
 
 
 class Sketch(nn.Module):
-    """model(x_t, t, y=None) → v shaped like x_t. x_t: (B, 1, H, W), H and W multiples of 4; t: (B,) long; y is not looked at."""
+    """model(x_t, t, y=None) → v shaped like x_t.
+
+    x_t: (B, 1, H, W), H and W multiples of 4; t: (B,) long; y is not looked at.
+    """
 
     def __init__(self):
         super().__init__()
@@ -67,7 +87,9 @@ class Sketch(nn.Module):
         self.norm, self.head = nn.GroupNorm(GROUPS, 32), zero(nn.Conv2d(32, 4, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        angles = t[:, None] * torch.exp(torch.arange(TIME // 2, device=t.device) * (-2 * math.log(10_000) / TIME))
+        angles = t[:, None] * torch.exp(
+            torch.arange(TIME // 2, device=t.device) * (-2 * math.log(10_000) / TIME)
+        )
         emb = self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1))
         h14 = self.stem(F.pixel_unshuffle(x, 2))
         for block in self.down14:

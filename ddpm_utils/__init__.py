@@ -1,3 +1,6 @@
-"""The code that the lessons of *DDPM from scratch* build, room by room. Importing it touches no disk and prints nothing."""
+"""The code that the lessons of *DDPM from scratch* build, room by room.
+
+Importing it touches no disk and prints nothing.
+"""
 
 __version__ = "0.1.0"

@@ -10,11 +10,16 @@ import warnings
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that `arguments` (or `sys.argv`) name; returns the exit status.
 
-    0: done. 1: `doctor` found something to fix. 2: bad input or a failed run, told in one line on stderr. 130: stopped.
+    0: done. 1: `doctor` found something to fix. 2: bad input or a failed run, told in one line on
+    stderr. 130: stopped.
     """
     share_the_cores()
     out, err = Quiet(sys.stdout), Quiet(sys.stderr)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         warnings.showwarning = _show_warning
         try:
             return _run(arguments)
@@ -23,16 +28,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def share_the_cores() -> None:
-    """Let waiting threads of OpenMP sleep soon instead of spinning on, unless the user has chosen: before torch loads libgomp.
+    """Let waiting threads of OpenMP sleep soon instead of spinning on, unless the user has chosen:
+    before torch loads libgomp.
 
-    Beside other busy programs, threads that spin slow a run several times (figures in benchmarks/README.md).
+    Beside other busy programs, threads that spin slow a run several times (figures in
+    benchmarks/README.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 
 class Quiet:
-    """A stream that goes on in silence when its reader has closed it, as in `doctor | head -1`, or if there is none."""
+    """A stream that goes on in silence when its reader has closed it, as in `doctor | head -1`, or
+    if there is none.
+    """
 
     def __init__(self, stream):
         self.stream = stream
@@ -53,7 +62,8 @@ class Quiet:
                 getattr(self.stream, method)(*arguments)
         except BrokenPipeError:
             with open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())  # what is still buffered goes there, too
+                # what is still buffered goes there, too
+                os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 def _show_warning(message, *place) -> None:
@@ -85,9 +95,15 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def is_plain(error: Exception) -> bool:
-    """True if the message says all that a user needs; a mistake of the program's own deserves its traceback."""
+    """True if the message says all that a user needs; a mistake of the program's own deserves its
+    traceback.
+    """
     ours = type(error).__module__.startswith(__package__ + ".")
-    return ours or isinstance(error, ValueError | OSError) or type(error).__name__ == "OutOfMemoryError"
+    return (
+        ours
+        or isinstance(error, ValueError | OSError)
+        or type(error).__name__ == "OutOfMemoryError"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""A run on disk: one file that is always whole, read without running code from it, from which a run goes on exactly."""
+"""A run on disk: one file that is always whole, read without running code from it, from which a run
+goes on exactly.
+"""
 
 import contextlib
 import copy
@@ -27,14 +29,17 @@ ENTRIES = {
 
 
 class NotSaved(OSError):
-    """A checkpoint could not be written: the disk is full, the folder read-only. The state is still in memory."""
+    """A checkpoint could not be written: the disk is full, the folder read-only.
+
+    The state is still in memory.
+    """
 
 
 def save(path: Path | str, state) -> Path:
     """Write one file with all of `state`, a `training.TrainState`, and return its path.
 
-    It is written under a temporary name, flushed to disk, then renamed, so that `path` is always whole. Raises NotSaved if
-    it cannot be written; what was there before stays.
+    It is written under a temporary name, flushed to disk, then renamed, so that `path` is always
+    whole. Raises NotSaved if it cannot be written; what was there before stays.
     """
     path = Path(path)
     payload = {
@@ -47,7 +52,8 @@ def save(path: Path | str, state) -> Path:
         "ema": state.ema.model.state_dict(),
         "ema_updates": state.ema.updates,
         "optimizer": state.optimizer.state_dict(),
-        "rng": torch.get_rng_state(),  # dropout draws from the global generator; all else from seed and step
+        # dropout draws from the global generator; all else from seed and step
+        "rng": torch.get_rng_state(),
         "rng_cuda": torch.cuda.get_rng_state(state.device) if state.device.type == "cuda" else None,
         "rng_mps": torch.mps.get_rng_state() if state.device.type == "mps" else None,
     }
@@ -67,14 +73,16 @@ def save(path: Path | str, state) -> Path:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise NotSaved(
-            f"{runtime.short_path(path)} was not written ({error.strerror or error}). All of it is still in memory: "
-            "make room, or call checkpoints.save with another path"
+            f"{runtime.short_path(path)} was not written ({error.strerror or error}). All of it "
+            "is still in memory: make room, or call checkpoints.save with another path"
         ) from error
     return path
 
 
 def check_writable(folder: Path | str) -> None:
-    """Make `folder`; raise NotSaved before the first step, rather than after hours, if nothing can be written to it."""
+    """Make `folder`; raise NotSaved before the first step, rather than after hours, if nothing can
+    be written to it.
+    """
     try:
         runtime.make_folder(folder)
     except OSError as error:
@@ -83,10 +91,12 @@ def check_writable(folder: Path | str) -> None:
 
 @contextlib.contextmanager
 def claim(folder: Path | str):
-    """Inside, `folder` belongs to this process; ValueError if another one has claimed it. Raises NotSaved as `check_writable`.
+    """Inside, `folder` belongs to this process; ValueError if another one has claimed it.
 
-    The operating system ends a claim together with its process, however that ends. A file system that knows no locks is
-    trusted.
+    Raises NotSaved as `check_writable`.
+
+    The operating system ends a claim together with its process, however that ends. A file system
+    that knows no locks is trusted.
     """
     from filelock import FileLock, Timeout
 
@@ -95,7 +105,9 @@ def claim(folder: Path | str):
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(f"{folder} is in use by another run: wait for its end, or choose another folder") from None
+        raise ValueError(
+            f"{folder} is in use by another run: wait for its end, or choose another folder"
+        ) from None
     except NotImplementedError:  # the file system has no locks
         pass
     try:
@@ -120,12 +132,14 @@ def _remove_litter(path: Path) -> None:
 def read(path: Path | str) -> dict:
     """The contents of a checkpoint, without running any code from it.
 
-    Raises FileNotFoundError if there is none, ValueError if the file is damaged, foreign or of another schema.
+    Raises FileNotFoundError if there is none, ValueError if the file is damaged, foreign or of
+    another schema.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no checkpoint at {runtime.short_path(path)}: train first, or look for last.pt and best.pt in the run's folder"
+            f"no checkpoint at {runtime.short_path(path)}: train first, or look for last.pt and "
+            "best.pt in the run's folder"
         )
     try:
         with zipfile.ZipFile(path) as file:  # PyTorch itself does not look at the checksums
@@ -134,14 +148,21 @@ def read(path: Path | str) -> dict:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"{runtime.short_path(path)} is no whole checkpoint ({type(error).__name__}): take another, such as best.pt"
+            f"{runtime.short_path(path)} is no whole checkpoint ({type(error).__name__}): take "
+            "another, such as best.pt"
         ) from error
-    if not isinstance(payload, dict) or "schema" not in payload or not isinstance(payload.get("config"), dict):
-        raise ValueError(f"{runtime.short_path(path)} was not written by ddpm_utils: it has no schema and config")
+    if (
+        not isinstance(payload, dict)
+        or "schema" not in payload
+        or not isinstance(payload.get("config"), dict)
+    ):
+        raise ValueError(
+            f"{runtime.short_path(path)} was not written by ddpm_utils: it has no schema and config"
+        )
     if payload["schema"] != SCHEMA:
         raise ValueError(
-            f"{runtime.short_path(path)} has schema {payload['schema']}, this version reads {SCHEMA}: "
-            "train again, or use the version that wrote it"
+            f"{runtime.short_path(path)} has schema {payload['schema']}, this version reads "
+            f"{SCHEMA}: train again, or use the version that wrote it"
         )
     _check_entries(path, payload, ("step", "ema"))
     return payload
@@ -152,30 +173,40 @@ def _check_entries(path: Path, payload: dict, names) -> None:
     wrong = [name for name in names if not isinstance(payload.get(name, ...), ENTRIES[name])]
     if wrong:
         raise ValueError(
-            f"{runtime.short_path(path)} is no whole checkpoint: {', '.join(wrong)} missing or of another type. "
-            "Take another, such as best.pt"
+            f"{runtime.short_path(path)} is no whole checkpoint: {', '.join(wrong)} missing or of "
+            "another type. Take another, such as best.pt"
         )
 
 
 def check_weights(path: Path | str, weights, model: nn.Module) -> None:
-    """Raise ValueError unless `weights`, read from `path`, are a state dict with the names and shapes of `model`."""
+    """Raise ValueError unless `weights`, read from `path`, are a state dict with the names and
+    shapes of `model`.
+    """
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-    if not isinstance(weights, dict) or {name: getattr(w, "shape", None) for name, w in weights.items()} != shapes:
-        raise ValueError(f"{runtime.short_path(path)} holds no weights of this network: take another file")
+    if (
+        not isinstance(weights, dict)
+        or {name: getattr(w, "shape", None) for name, w in weights.items()} != shapes
+    ):
+        raise ValueError(
+            f"{runtime.short_path(path)} holds no weights of this network: take another file"
+        )
 
 
 def load(path: Path | str, state, strict: bool = True):
-    """Put a checkpoint into `state`, a `training.TrainState`, which is returned and goes on exactly where it was saved.
+    """Put a checkpoint into `state`, a `training.TrainState`, which is returned and goes on exactly
+    where it was saved.
 
-    Raises ValueError, and leaves `state` as it was, if the file lacks an entry or the configs differ. With `strict`, they must
-    be one run (`TrainConfig.contradictions`); else the fields that decide what the weights mean must agree.
+    Raises ValueError, and leaves `state` as it was, if the file lacks an entry or the configs
+    differ. With `strict`, they must be one run (`TrainConfig.contradictions`); else the fields that
+    decide what the weights mean must agree.
     """
     path, payload = Path(path), read(path)
     saved = config.from_dict(payload["config"])
     differing = state.cfg.contradictions(saved) if strict else state.cfg.differences(saved)
     if differing:
         raise ValueError(
-            f"the config does not match {runtime.short_path(path)} (yours against the file's): {'; '.join(differing)}"
+            f"the config does not match {runtime.short_path(path)} (yours against the file's): "
+            f"{'; '.join(differing)}"
         )
     _check_entries(path, payload, ENTRIES)
     check_weights(path, payload["model"], state.model)
@@ -184,9 +215,14 @@ def load(path: Path | str, state, strict: bool = True):
     _load_optimizer(path, payload["optimizer"], state.optimizer)
     state.model.load_state_dict(payload["model"])
     state.ema.model.load_state_dict(payload["ema"])
-    state.ema.updates, state.step, state.best = payload["ema_updates"], payload["step"], payload["best"]
+    state.ema.updates, state.step, state.best = (
+        payload["ema_updates"],
+        payload["step"],
+        payload["best"],
+    )
     if strict:
-        shape = payload.get("data_shape")  # all that a file of an earlier version knows of its images, or nothing
+        # all that a file of an earlier version knows of its images, or nothing
+        shape = payload.get("data_shape")
         state.data = payload.get("data") or ({"shape": list(shape)} if shape else None)
     torch.set_rng_state(payload["rng"])
     if payload["rng_cuda"] is not None and state.device.type == "cuda":
@@ -197,18 +233,25 @@ def load(path: Path | str, state, strict: bool = True):
 
 
 def _load_optimizer(path: Path, saved: dict, optimizer) -> None:
-    """Load the state `saved` into `optimizer`. Raises ValueError, and changes nothing, if it belongs to other weights."""
+    """Load the state `saved` into `optimizer`.
+
+    Raises ValueError, and changes nothing, if it belongs to other weights.
+    """
     before = copy.deepcopy(optimizer.state_dict())
     try:
         optimizer.load_state_dict(saved)
         for weight, kept in optimizer.state.items():
-            sizes = [value.numel() for value in kept.values() if isinstance(value, Tensor) and value.ndim]
-            if any(size % weight.numel() for size in sizes):  # Muon keeps one tensor for several weights of a shape
+            sizes = [
+                value.numel() for value in kept.values() if isinstance(value, Tensor) and value.ndim
+            ]
+            # Muon keeps one tensor for several weights of a shape
+            if any(size % weight.numel() for size in sizes):
                 raise ValueError("its averages have other shapes than the weights")
     except Exception as error:
         optimizer.load_state_dict(before)
         raise ValueError(
-            f"{runtime.short_path(path)} holds no state of this optimizer ({error}): take another, such as best.pt"
+            f"{runtime.short_path(path)} holds no state of this optimizer ({error}): take "
+            "another, such as best.pt"
         ) from error
 
 
@@ -218,5 +261,6 @@ def _check_rng(path: Path, state: Tensor) -> None:
         torch.Generator().set_state(state)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"{runtime.short_path(path)} holds no state of a random generator ({error}): take another, such as best.pt"
+            f"{runtime.short_path(path)} holds no state of a random generator ({error}): take "
+            "another, such as best.pt"
         ) from error

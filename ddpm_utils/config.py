@@ -16,7 +16,8 @@ OPTIMIZERS = ("muon", "adamw", "adam")
 RANGES = ("symmetric", "unit")
 DRAWS = ("middle", "stratified", "uniform")
 
-# Fields that files of an earlier version lack, and what those files meant; the defaults may move on.
+# Fields that files of an earlier version lack, and what those files meant; the defaults may move
+# on.
 ADDED = {
     "model": "unet",
     "timestep_draw": "stratified",
@@ -26,45 +27,70 @@ ADDED = {
     "data_range": "symmetric",
 }
 
-# Fields that came after runs had been named: at these values the name is what it was, and the run's folder is found.
+# Fields that came after runs had been named: at these values the name is what it was, and the run's
+# folder is found.
 UNNAMED = {"label_drop": 0.1, "pad": 0, "data_range": "symmetric"}
 
 FULL_SET = 60_000  # training images of Fashion-MNIST and MNIST, for which the presets are made
 
-# The setting of DDPM (2006.11239): its schedule, what its network predicts, and how Algorithm 1 draws t.
+# The setting of DDPM (2006.11239): its schedule, what its network predicts, and how Algorithm 1
+# draws t.
 PAPER = {"schedule": "linear", "target": "eps", "timestep_draw": "uniform"}
 
 # Fields that decide what a set of weights means. Runs that agree on them can share weights.
 WEIGHT_FIELDS = (
-    "dataset", "image_size", "channels", "pad", "data_range", "timesteps", "schedule", "beta_scale", "target",
-    "model", "widths", "blocks", "attention_levels", "fold", "time_dim", "groups", "heads", "num_classes",
-)  # fmt: skip
+    "dataset",
+    "image_size",
+    "channels",
+    "pad",
+    "data_range",
+    "timesteps",
+    "schedule",
+    "beta_scale",
+    "target",
+    "model",
+    "widths",
+    "blocks",
+    "attention_levels",
+    "fold",
+    "time_dim",
+    "groups",
+    "heads",
+    "num_classes",
+)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. `TrainConfig(**PAPER)` is DDPM's Algorithms 1 and 2 to the letter.
 
-    Raises ValueError on construction, naming the field, its value, what was expected and the nearest fix.
+    Raises ValueError on construction, naming the field, its value, what was expected and the
+    nearest fix.
     """
 
     # data
-    dataset: str = "fashion_mnist"  # "fashion_mnist", "mnist", "digits", or a folder of pictures, such as ./faces
+    # "fashion_mnist", "mnist", "digits", or a folder of pictures, such as ./faces
+    dataset: str = "fashion_mnist"
     image_size: int = 28  # pixels a side, 8 … 256
     channels: int = 1  # 1 (grey) or 3 (RGB)
     pad: int = 0  # black pixels on each side, within image_size, 0 … less than half of it
-    data_range: str = "symmetric"  # of the network's pictures: [−1, 1], or "unit", [0, 1], for the recipe mnist32 alone
+    # of the network's pictures: [−1, 1], or "unit", [0, 1], for the recipe mnist32 alone
+    data_range: str = "symmetric"
     # diffusion
     timesteps: int = 1000  # T, 2 … 10000
     schedule: str = "cosine"  # of the betas, "linear" or "cosine"
-    beta_scale: float = 1.0  # multiplies the linear betas, 0.001 … 1000; 1000 / T keeps the noise of T = 1000
+    # multiplies the linear betas, 0.001 … 1000; 1000 / T keeps the noise of T = 1000
+    beta_scale: float = 1.0
     target: str = "v"  # what the network predicts, "eps", "x0" or "v"
     # network
-    model: str = "unet"  # "unet", of the fields below, or a gallery member: "anime", "article", "guide", "mnist32"
+    # "unet", of the fields below, or a gallery member: "anime", "article", "guide", "mnist32"
+    model: str = "unet"
     widths: tuple[int, ...] = (48, 64)  # channels of each level, multiples of `groups`
     blocks: int = 2  # residual blocks a level, down and up, 1 … 8
-    attention_levels: tuple[int, ...] = (1,)  # levels (0 is the finest) with self-attention; may be empty
-    fold: int = 2  # f × f pixels become one position with f² times the channels, 1 … 8; 1 leaves the image alone
+    # levels (0 is the finest) with self-attention; may be empty
+    attention_levels: tuple[int, ...] = (1,)
+    # f × f pixels become one position with f² times the channels, 1 … 8; 1 leaves the image alone
+    fold: int = 2
     time_dim: int = 128  # width of the time embedding, even, 2 … 4096
     groups: int = 4  # of the group normalisations, 1 … 1024
     heads: int = 4  # of the attention, 1 … 1024; must divide the width of the levels that attend
@@ -73,12 +99,15 @@ class TrainConfig:
     # optimisation
     epochs: float = 1.5  # passes over the training images, 1e-6 … 1e5, may be a fraction
     batch_size: int = 32  # images a step, 1 … 4096
-    label_drop: float = 0.1  # share of the labels that training withholds, so that the network can do without, 0 … 1
-    timestep_draw: str = "middle"  # in a batch: "middle" (spread, ends rare), "stratified" (spread) or "uniform"
+    # share of the labels that training withholds, so that the network can do without, 0 … 1
+    label_drop: float = 0.1
+    # in a batch: "middle" (spread, ends rare), "stratified" (spread) or "uniform"
+    timestep_draw: str = "middle"
     optimizer: str = "muon"  # "muon", "adamw" or "adam"
     lr: float = 3e-3  # peak learning rate, 1e-6 … 1e-1
     warmup_steps: int = 100  # steps of linear rise to `lr`, 0 … 1000000
-    decay_from: float = 0.0  # share of the run after which the rate falls linearly, 0 … 1; 1: it stays
+    # share of the run after which the rate falls linearly, 0 … 1; 1: it stays
+    decay_from: float = 0.0
     lr_floor: float = 0.02  # share of `lr` left at the end, 0 … 1
     weight_decay: float = 0.0  # of the optimizer, 0 … 1
     grad_clip: float = 1.0  # largest norm of the gradient, 1e-6 … 1e6
@@ -88,11 +117,19 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("widths", "attention_levels"):  # a list read from JSON is as good as a tuple
             values = getattr(self, name)
-            if not isinstance(values, list | tuple) or any(type(value) is not int for value in values):
-                raise ValueError(f"{name}={values!r} must be a tuple of whole numbers, such as (48, 64) or (1,)")
+            if not isinstance(values, list | tuple) or any(
+                type(value) is not int for value in values
+            ):
+                raise ValueError(
+                    f"{name}={values!r} must be a tuple of whole numbers, such as (48, 64) or (1,)"
+                )
             object.__setattr__(self, name, tuple(values))
         if not isinstance(self.dataset, str) or not re.search(r"[/\\]", self.dataset):  # no path
-            self._one_of("dataset", DATASETS, f", or give a folder of pictures as a path, such as './{self.dataset}'")
+            self._one_of(
+                "dataset",
+                DATASETS,
+                f", or give a folder of pictures as a path, such as './{self.dataset}'",
+            )
         self._one_of("schedule", SCHEDULES)
         self._one_of("target", TARGETS)
         self._one_of("model", MODELS)
@@ -108,7 +145,10 @@ class TrainConfig:
         self._within("fold", 1, 8)
         self._within("time_dim", 2, 4096)
         if self.time_dim % 2:
-            raise ValueError(f"time_dim={self.time_dim} must be even, for sines and cosines: try {self.time_dim + 1}")
+            raise ValueError(
+                f"time_dim={self.time_dim} must be even, for sines and cosines: try "
+                f"{self.time_dim + 1}"
+            )
         self._within("groups", 1, 1024)
         self._within("heads", 1, 1024)
         self._within("seed", 0, 2**32 - 1)
@@ -125,34 +165,52 @@ class TrainConfig:
         self._within("grad_clip", 1e-6, 1e6)
         self._within("ema_decay", 0.0, 0.99999)
         if not self.widths:
-            raise ValueError("widths is empty: give one number of channels a level, such as (48, 64)")
+            raise ValueError(
+                "widths is empty: give one number of channels a level, such as (48, 64)"
+            )
         for i, width in enumerate(self.widths):
             for name in ("groups", "heads") if i in self.attention_levels else ("groups",):
                 n = getattr(self, name)
                 if width < 1 or width % n:
                     nearest = max(1, round(width / n)) * n
-                    raise ValueError(f"{name}={n} does not divide widths[{i}]={width}: try a width of {nearest}")
+                    raise ValueError(
+                        f"{name}={n} does not divide widths[{i}]={width}: try a width of {nearest}"
+                    )
         for level in self.attention_levels:
             if not 0 <= level < len(self.widths):
                 raise ValueError(
-                    f"attention_levels holds {level}, but widths {self.widths} has levels 0 … {len(self.widths) - 1}"
+                    f"attention_levels holds {level}, but widths {self.widths} has levels 0 … "
+                    f"{len(self.widths) - 1}"
                 )
 
     def _one_of(self, name, options, more=""):
         value = getattr(self, name)
         if value not in options:
-            raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(map(repr, options))}{more}")
+            raise ValueError(
+                f"{name}={value!r} is not known: choose one of "
+                f"{', '.join(map(repr, options))}{more}"
+            )
 
     def _within(self, name, low, high):
         value = getattr(self, name)
         if (
-            isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not low <= value <= high
         ):  # NaN fails the comparison
-            nearest = min(max(value, low), high) if isinstance(value, int | float) and value == value else low
-            raise ValueError(f"{name}={value!r} is outside {low} … {high}: the nearest allowed value is {nearest}")
+            nearest = (
+                min(max(value, low), high)
+                if isinstance(value, int | float) and value == value
+                else low
+            )
+            raise ValueError(
+                f"{name}={value!r} is outside {low} … {high}: the nearest allowed value is "
+                f"{nearest}"
+            )
         if isinstance(low, int) and value != int(value):
             raise ValueError(f"{name}={value!r} must be a whole number: try {round(value)}")
-        object.__setattr__(self, name, type(low)(value))  # 2 and 2.0 are one config with one `run_name`
+        # 2 and 2.0 are one config with one `run_name`
+        object.__setattr__(self, name, type(low)(value))
 
     @property
     def folder(self) -> Path | None:
@@ -160,7 +218,9 @@ class TrainConfig:
         return None if self.dataset in DATASETS else Path(self.dataset).expanduser()
 
     def network(self) -> dict:
-        """Keyword arguments for `unet.UNet`; `pretrained.build` makes whatever network `model` names."""
+        """Keyword arguments for `unet.UNet`; `pretrained.build` makes whatever network `model`
+        names.
+        """
         names = (
             "channels",
             "widths",
@@ -189,7 +249,9 @@ class TrainConfig:
 
     def run_name(self) -> str:
         """A folder name that no run with another config has, such as `fashion_mnist-v-1f0a9c3e`."""
-        named = sorted((key, value) for key, value in self.to_dict().items() if UNNAMED.get(key) != value)
+        named = sorted(
+            (key, value) for key, value in self.to_dict().items() if UNNAMED.get(key) != value
+        )
         digest = hashlib.sha256(repr(named).encode()).hexdigest()[:8]
         data = re.sub(r"\W+", "_", self.folder.resolve().name) if self.folder else self.dataset
         return f"{data}-{self.target}-{digest}"
@@ -197,19 +259,23 @@ class TrainConfig:
     def to_dict(self) -> dict:
         """Plain values only, fit for JSON and for a checkpoint."""
         return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
         }
 
     def contradictions(self, other: "TrainConfig") -> list[str]:
         """As `differences`, in all fields that a resumed run keeps.
 
-        It may be longer (`epochs`), and the folder of its images may have moved: a checkpoint knows the images by a digest.
+        It may be longer (`epochs`), and the folder of its images may have moved: a checkpoint knows
+        the images by a digest.
         """
         free = {"epochs"} | ({"dataset"} if self.folder and other.folder else set())
         return self.differences(other, [name for name in self.to_dict() if name not in free])
 
     def differences(self, other: "TrainConfig", fields=WEIGHT_FIELDS) -> list[str]:
-        """The `fields` in which two configs differ, each as `name: mine against theirs`; empty if weights can be shared."""
+        """The `fields` in which two configs differ, each as `name: mine against theirs`; empty if
+        weights can be shared.
+        """
         return [
             f"{f}: {getattr(self, f)!r} against {getattr(other, f)!r}"
             for f in fields
@@ -218,14 +284,16 @@ class TrainConfig:
 
 
 def from_dict(values: dict) -> TrainConfig:
-    """The config that `TrainConfig.to_dict` wrote; what an older version did not write is taken from `ADDED`.
+    """The config that `TrainConfig.to_dict` wrote; what an older version did not write is taken
+    from `ADDED`.
 
     Raises ValueError on a field that this version does not know.
     """
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(TrainConfig)})
     if unknown:
         raise ValueError(
-            f"unknown config field {', '.join(unknown)}: the file comes from another version of ddpm_utils"
+            f"unknown config field {', '.join(unknown)}: the file comes from another version of "
+            "ddpm_utils"
         )
     return TrainConfig(**(ADDED | values))
 
@@ -237,21 +305,27 @@ def preset_for(
 ) -> dict:
     """Fields that suit the hardware and the number of training images.
 
-    On a GPU: wider levels, larger batches and more passes; half as many on an NVIDIA GPU whose compute capability is below
-    8.0, which trains in float32. A set of fewer than 60,000 images gets as many more passes, so that the run keeps its steps.
+    On a GPU: wider levels, larger batches and more passes; half as many on an NVIDIA GPU whose
+    compute capability is below 8.0, which trains in float32. A set of fewer than 60,000 images gets
+    as many more passes, so that the run keeps its steps.
     """
     large = {"widths": (64, 128), "batch_size": 128, "ema_decay": 0.999}
     old_gpu = capability is not None and capability < (8, 0)
     epochs = 1.5 if device_type == "cpu" else 6.0 if old_gpu else 12.0
-    return ({} if device_type == "cpu" else large) | {"epochs": min(1e5, epochs * max(1.0, FULL_SET / n_images))}
+    return ({} if device_type == "cpu" else large) | {
+        "epochs": min(1e5, epochs * max(1.0, FULL_SET / n_images))
+    }
 
 
 def for_this_run(cfg: TrainConfig) -> TrainConfig:
-    """`cfg`, or in fast mode the same run with everything that costs time shrunk; betas grow as T shrinks, so the noise stays.
+    """`cfg`, or in fast mode the same run with everything that costs time shrunk; betas grow as T
+    shrinks, so the noise stays.
 
-    The widths of the gallery's networks are fixed: these see fewer and smaller pictures, of a size that all but one can take.
+    The widths of the gallery's networks are fixed: these see fewer and smaller pictures, of a size
+    that all but one can take.
     """
-    from . import runtime  # brings torch, which a command line that only shows its help does not wait for
+    # brings torch, which a command line that only shows its help does not wait for
+    from . import runtime
 
     if not runtime.is_fast():
         return cfg
@@ -259,7 +333,10 @@ def for_this_run(cfg: TrainConfig) -> TrainConfig:
     if cfg.model != "unet":
         size = cfg.image_size if cfg.model == "article" else 8
         cfg = cfg.replace(
-            epochs=min(cfg.epochs, 2e-4), batch_size=min(cfg.batch_size, 4), image_size=size, pad=min(cfg.pad, 2)
+            epochs=min(cfg.epochs, 2e-4),
+            batch_size=min(cfg.batch_size, 4),
+            image_size=size,
+            pad=min(cfg.pad, 2),
         )
     return cfg.replace(
         timesteps=timesteps,

@@ -1,7 +1,8 @@
 """Images as one uint8 tensor, and the two functions that change their range.
 
-Data sources, tried in order: the folder in `DDPM_DATA_DIR`; the project's own data folder, see `runtime.data_dir`;
-a download into it; scikit-learn's digits. A source is taken for both splits or for none.
+Data sources, tried in order: the folder in `DDPM_DATA_DIR`; the project's own data folder, see
+`runtime.data_dir`; a download into it; scikit-learn's digits. A source is taken for both splits or
+for none.
 """
 
 import gzip
@@ -22,7 +23,18 @@ from torch import Tensor
 
 from . import runtime
 
-GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+GARMENTS = (
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
 DIGITS = tuple("0123456789")
 TITLES = {"fashion_mnist": "Fashion-MNIST", "mnist": "MNIST", "digits": "scikit-learn's digits"}
 FILES = {
@@ -30,26 +42,32 @@ FILES = {
     "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
 }
 # SHA-256 of the unpacked files. The published checksums are those of the packed ones, which change
-# when somebody packs the same content again.
+# when somebody packs the same content again. In the order of FILES.
 CONTENTS = {
-    "fashion_mnist": {
-        "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-    },
-    "mnist": {
-        "train-images-idx3-ubyte.gz": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "train-labels-idx1-ubyte.gz": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "t10k-images-idx3-ubyte.gz": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "t10k-labels-idx1-ubyte.gz": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    },
+    "fashion_mnist": (
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    ),
+    "mnist": (
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
+}
+CONTENTS = {
+    dataset: dict(zip(FILES["train"] + FILES["test"], sums, strict=True))
+    for dataset, sums in CONTENTS.items()
 }
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images: (N, C, H, W) uint8; labels: (N,) long; classes: a name per label; title: what they are; source: where from."""
+    """images: (N, C, H, W) uint8; labels: (N,) long; classes: a name per label; title: what they
+    are; source: where from.
+    """
 
     images: Tensor
     labels: Tensor
@@ -69,10 +87,14 @@ class ImageSet:
 
 
 def to_model_range(images: Tensor, data_range: str = "symmetric") -> Tensor:
-    """uint8 0 … 255 → float32 in exactly [−1, 1], or [0, 1] if `data_range` is "unit". Raises ValueError on another dtype."""
+    """uint8 0 … 255 → float32 in exactly [−1, 1], or [0, 1] if `data_range` is "unit".
+
+    Raises ValueError on another dtype.
+    """
     if images.dtype != torch.uint8:
         raise ValueError(
-            f"images have dtype {images.dtype}, expected uint8 (0 … 255): they may be in model range already"
+            f"images have dtype {images.dtype}, expected uint8 (0 … 255): they may be in model "
+            "range already"
         )
     return images.float() / 255 if data_range == "unit" else images.float() / 127.5 - 1
 
@@ -83,12 +105,17 @@ def to_symmetric(x: Tensor, data_range: str) -> Tensor:
 
 
 def to_image_range(x: Tensor) -> Tensor:
-    """Float [−1, 1] → uint8 0 … 255, rounded; values beyond are clamped. The inverse of `to_model_range` on all 256 values.
+    """Float [−1, 1] → uint8 0 … 255, rounded; values beyond are clamped.
+
+    The inverse of `to_model_range` on all 256 values.
 
     Raises ValueError on integers, which are in image range already, and on NaN.
     """
     if not x.is_floating_point():
-        raise ValueError(f"x has dtype {x.dtype}, expected floats in [−1, 1]: uint8 images are in image range already")
+        raise ValueError(
+            f"x has dtype {x.dtype}, expected floats in [−1, 1]: uint8 images are in image range "
+            "already"
+        )
     if x.isnan().any():
         raise ValueError("x holds NaN: look at the loss of the training that made it")
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -98,46 +125,62 @@ def check_images(images: Tensor) -> Tensor:
     """`images`; ValueError unless it is a non-empty (N, C, H, W) uint8 tensor."""
     if images.ndim != 4 or images.dtype != torch.uint8 or len(images) == 0:
         raise ValueError(
-            f"images have shape {tuple(images.shape)} and dtype {images.dtype}, expected at least one (C, H, W) "
-            "image in uint8: data.to_image_range makes them from floats in [−1, 1]"
+            f"images have shape {tuple(images.shape)} and dtype {images.dtype}, expected at least "
+            "one (C, H, W) image in uint8: data.to_image_range makes them from floats in [−1, 1]"
         )
     return images
 
 
 def image_digests(images: Tensor) -> list[bytes]:
-    """A digest of the pixels of each image (N, C, H, W) uint8, 8 bytes each: equal images have equal digests."""
-    return [hashlib.blake2b(image, digest_size=8).digest() for image in images.cpu().contiguous().numpy()]
+    """A digest of the pixels of each image (N, C, H, W) uint8, 8 bytes each: equal images have
+    equal digests.
+    """
+    return [
+        hashlib.blake2b(image, digest_size=8).digest()
+        for image in images.cpu().contiguous().numpy()
+    ]
 
 
 def digest(images) -> str:
-    """A digest of a set of images in its order: the same for a uint8 tensor and for the `folders.FolderImages` of its files."""
+    """A digest of a set of images in its order: the same for a uint8 tensor and for the
+    `folders.FolderImages` of its files.
+    """
     each = image_digests(images) if isinstance(images, Tensor) else images.digests
     return hashlib.blake2b(b"".join(each), digest_size=8).hexdigest()
 
 
 def load_images(
-    dataset: str = "fashion_mnist", split: str = "train", image_size: int = 28, pad: int = 0, say: bool = True
+    dataset: str = "fashion_mnist",
+    split: str = "train",
+    image_size: int = 28,
+    pad: int = 0,
+    say: bool = True,
 ) -> ImageSet:
-    """Fashion-MNIST, MNIST or the digits, gray, resized to image_size − 2·pad and padded with black to image_size.
+    """Fashion-MNIST, MNIST or the digits, gray, resized to image_size − 2·pad and padded with black
+    to image_size.
 
-    Tries the data sources in order and says in one line which one it took, which `say=False` leaves out.
-    The last one is scikit-learn's digits, which need no file and no network; that another data set was
-    taken than the one asked for is said even with `say=False`, and shows in the title.
+    Tries the data sources in order and says in one line which one it took, which `say=False` leaves
+    out. The last one is scikit-learn's digits, which need no file and no network; that another data
+    set was taken than the one asked for is said even with `say=False`, and shows in the title.
 
     A source is taken only if all four files of both splits are there, packed (.gz) or not, with the
-    published content. The source chosen for one split stands for the other; it is chosen anew when the
-    split that it was chosen for is loaded again.
+    published content. The source chosen for one split stands for the other; it is chosen anew when
+    the split that it was chosen for is loaded again.
 
-    `pad=2` with `image_size=32` turns 28×28 into 32×32 without resampling.
-    Raises ValueError on an unknown name or split, on a set in `DDPM_DATA_DIR` of which some files are
-    missing or damaged, and if files of the other split's source have gone bad since.
+    `pad=2` with `image_size=32` turns 28×28 into 32×32 without resampling. Raises ValueError on an
+    unknown name or split, on a set in `DDPM_DATA_DIR` of which some files are missing or damaged,
+    and if files of the other split's source have gone bad since.
     """
     if dataset not in TITLES or split not in FILES:
         raise ValueError(
-            f"no split {split!r} of data set {dataset!r}: choose from {', '.join(TITLES)} and from {', '.join(FILES)}"
+            f"no split {split!r} of data set {dataset!r}: choose from {', '.join(TITLES)} and "
+            f"from {', '.join(FILES)}"
         )
     if pad < 0 or image_size <= 2 * pad:
-        raise ValueError(f"image_size={image_size} with pad={pad} leaves no pixels: keep 0 ≤ pad < image_size / 2")
+        raise ValueError(
+            f"image_size={image_size} with pad={pad} leaves no pixels: keep 0 ≤ pad < image_size "
+            "/ 2"
+        )
     found = None if dataset == "digits" else _from_folders(dataset, split)
     fell_back = dataset != "digits" and found is None
     if found is None:
@@ -158,7 +201,8 @@ def load_images(
     images = F.pad(images, [pad] * 4)
     if say or fell_back:
         print(
-            f"data: {TITLES[dataset]}, {split} split, {len(images):,} images of {image_size}×{image_size}, from {source}"
+            f"data: {TITLES[dataset]}, {split} split, {len(images):,} images of "
+            f"{image_size}×{image_size}, from {source}"
         )
     classes = GARMENTS if dataset == "fashion_mnist" else DIGITS
     return ImageSet(images, labels, classes, TITLES[dataset], source)
@@ -171,7 +215,9 @@ def raw_folder(dataset: str, root: Path) -> Path:
 
 @dataclass(frozen=True)
 class Files:
-    """What `read_files` found: contents of the good files, missing names, a reason for each damaged one."""
+    """What `read_files` found: contents of the good files, missing names, a reason for each damaged
+    one.
+    """
 
     contents: dict[str, bytes]
     missing: list[str]
@@ -199,7 +245,11 @@ def read_files(dataset: str, folder: Path, splits=tuple(FILES)) -> Files:
     """
     found = Files({}, [], {})
     for file in (file for split in splits for file in FILES[split]):
-        forms = [path for path in (folder / file, folder / file.removesuffix(".gz")) if os.path.lexists(path)]
+        forms = [
+            path
+            for path in (folder / file, folder / file.removesuffix(".gz"))
+            if os.path.lexists(path)
+        ]
         reasons = {}
         for path in forms:
             try:
@@ -215,13 +265,18 @@ def read_files(dataset: str, folder: Path, splits=tuple(FILES)) -> Files:
 
 
 def _unpacked(path: Path, sha256: str) -> bytes:
-    """The content of a file, whether it is a gzip file or not. Raises ValueError with the reason if it is damaged."""
+    """The content of a file, whether it is a gzip file or not.
+
+    Raises ValueError with the reason if it is damaged.
+    """
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):  # a browser may have unpacked it and kept the name
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"it cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise ValueError(
+            f"it cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError("its content is not the published one")
     return content
@@ -249,8 +304,8 @@ def _from_folders(dataset: str, split: str) -> tuple[Tensor, Tensor, str] | None
         files = read_files(dataset, folder, [split])
         if not files.whole:
             raise ValueError(
-                f"{folder} held all of {TITLES[dataset]} when the {first} split was loaded and does not now "
-                f"({files.problems()}): put the files back, or load both splits again"
+                f"{folder} held all of {TITLES[dataset]} when the {first} split was loaded and "
+                f"does not now ({files.problems()}): put the files back, or load both splits again"
             )
     if root is None:
         return None
@@ -259,7 +314,9 @@ def _from_folders(dataset: str, split: str) -> tuple[Tensor, Tensor, str] | None
 
 
 def _choose(dataset: str, override: Path | None, own: Path) -> tuple[Path | None, Files]:
-    """The first root below which the whole set lies, after a download if need be, or None; and its files."""
+    """The first root below which the whole set lies, after a download if need be, or None; and its
+    files.
+    """
     title = TITLES[dataset]
     if override is not None:
         folder = raw_folder(dataset, override)
@@ -290,15 +347,21 @@ def _choose(dataset: str, override: Path | None, own: Path) -> tuple[Path | None
 
 
 def _parse(contents: dict[str, bytes], split: str) -> tuple[Tensor, Tensor]:
-    """The two IDX files of a split: a header of 16 (images) or 8 bytes (labels), then one byte per value."""
+    """The two IDX files of a split: a header of 16 (images) or 8 bytes (labels), then one byte per
+    value.
+    """
     image_file, label_file = FILES[split]
     labels = np.frombuffer(contents[label_file], np.uint8, offset=8)
     images = np.frombuffer(contents[image_file], np.uint8, offset=16)
-    return torch.from_numpy(images.reshape(len(labels), 1, 28, 28).copy()), torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(images.reshape(len(labels), 1, 28, 28).copy()), torch.from_numpy(
+        labels.astype(np.int64)
+    )
 
 
 def _download(dataset: str, root: Path) -> bool:
-    """Fetch what the set below `root` lacks, from a mirror that answers within 5 s. True if that worked.
+    """Fetch what the set below `root` lacks, from a mirror that answers within 5 s.
+
+    True if that worked.
 
     No file there changes before all new ones have arrived whole, and none of the user's is deleted.
     """
@@ -317,10 +380,17 @@ def _download(dataset: str, root: Path) -> bool:
                 kept = _set_aside([folder / file for file in wanted if file in found.damaged])
                 for file in wanted:
                     os.replace(Path(temporary, file), folder / file)
-        except Exception as error:  # whatever the network or the disk does, there is one more source
-            print(f"data: the download of {TITLES[dataset]} failed ({type(error).__name__}: {error})")
+        except Exception as error:
+            # whatever the network or the disk does, there is one more source
+            print(
+                f"data: the download of {TITLES[dataset]} failed ({type(error).__name__}: {error})"
+            )
             continue
-        aside = f"; the damaged files that they replace are kept in {runtime.short_path(kept)}" if kept else ""
+        aside = (
+            f"; the damaged files that they replace are kept in {runtime.short_path(kept)}"
+            if kept
+            else ""
+        )
         print(f"data: downloaded {', '.join(wanted)} into {runtime.short_path(folder)}{aside}")
         return True
     return False
@@ -329,7 +399,10 @@ def _download(dataset: str, root: Path) -> bool:
 def _mirrors(dataset: str) -> list[str]:
     import torchvision  # a second or two: paid only by those who download
 
-    classes = {"fashion_mnist": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST}
+    classes = {
+        "fashion_mnist": torchvision.datasets.FashionMNIST,
+        "mnist": torchvision.datasets.MNIST,
+    }
     return classes[dataset].mirrors
 
 
@@ -339,7 +412,9 @@ def _answering(mirrors: list[str], file: str) -> list[str]:
 
     def ask(mirror: str) -> None:
         try:
-            with urllib.request.urlopen(urllib.request.Request(mirror + file, method="HEAD"), timeout=4):
+            with urllib.request.urlopen(
+                urllib.request.Request(mirror + file, method="HEAD"), timeout=4
+            ):
                 answers.append(mirror)
         except Exception:  # no answer is an answer too
             pass
@@ -367,7 +442,9 @@ def _fetch(mirror: str, files: list[str], folder: Path) -> None:
 
 
 def _set_aside(paths: list[Path]) -> Path | None:
-    """Move the files into a new folder beside them and return it, None if there are none: they may be the user's own."""
+    """Move the files into a new folder beside them and return it, None if there are none: they may
+    be the user's own.
+    """
     if not paths:
         return None
     folder = Path(tempfile.mkdtemp(prefix="damaged-", dir=paths[0].parent))
@@ -377,7 +454,9 @@ def _set_aside(paths: list[Path]) -> Path | None:
 
 
 def _digits(split: str) -> tuple[Tensor, Tensor]:
-    """1,797 handwritten digits of 8×8 pixels and 17 gray levels, from scikit-learn: 1,500 to train on, 297 to test on."""
+    """1,797 handwritten digits of 8×8 pixels and 17 gray levels, from scikit-learn: 1,500 to train
+    on, 297 to test on.
+    """
     from sklearn.datasets import load_digits
 
     raw = load_digits()

@@ -1,6 +1,8 @@
-"""Several processes train as one: each takes its share of every batch, their gradients are averaged, process 0 writes.
+"""Several processes train as one: each takes its share of every batch, their gradients are
+averaged, process 0 writes.
 
-`torchrun` starts the processes, PyTorch's DistributedDataParallel averages. In a single process nothing here does anything.
+`torchrun` starts the processes, PyTorch's DistributedDataParallel averages. In a single process
+nothing here does anything.
 """
 
 import contextlib
@@ -14,14 +16,20 @@ from . import runtime
 
 
 class WorkerLost(RuntimeError):
-    """Another process of the run has died. The message names the step and the last whole checkpoint."""
+    """Another process of the run has died.
+
+    The message names the step and the last whole checkpoint.
+    """
 
 
 @contextlib.contextmanager
 def group(device: str | None = None):
-    """Inside, this process belongs to the run that `torchrun` started; yields its device. Elsewhere, `pick_device(device)`.
+    """Inside, this process belongs to the run that `torchrun` started; yields its device.
 
-    On GPUs each process takes the card of its number on the machine and they talk by NCCL; all else is CPU and Gloo.
+    Elsewhere, `pick_device(device)`.
+
+    On GPUs each process takes the card of its number on the machine and they talk by NCCL; all else
+    is CPU and Gloo.
 
         with distributed.group() as device:
             state = training.TrainState(cfg, UNet(**cfg.network()), device)
@@ -57,11 +65,16 @@ def world() -> int:
 
 
 def share(batch_size: int) -> slice:
-    """Which part of the whole batch is this process's. Raises ValueError if there is no equal part for each."""
+    """Which part of the whole batch is this process's.
+
+    Raises ValueError if there is no equal part for each.
+    """
     part, left = divmod(batch_size, world())
     if left:
         tries = " or ".join(str(n * world()) for n in (part, part + 1) if n)
-        raise ValueError(f"batch_size={batch_size} does not divide among {world()} processes: try {tries}")
+        raise ValueError(
+            f"batch_size={batch_size} does not divide among {world()} processes: try {tries}"
+        )
     return slice(rank() * part, (rank() + 1) * part)
 
 
@@ -75,19 +88,24 @@ def agree(**facts) -> None:
         for number, theirs in enumerate(everyones):
             if theirs[name] != first:
                 raise ValueError(
-                    f"the processes differ: {name} is {first!r} in process 0, {theirs[name]!r} in process {number}. "
-                    "Start all with the same command, and give every machine the same data and checkpoint."
+                    f"the processes differ: {name} is {first!r} in process 0, {theirs[name]!r} in "
+                    f"process {number}. Start all with the same command, and give every machine "
+                    "the same data and checkpoint."
                 )
 
 
 def seed_dropout(seed: int, step: int) -> None:
-    """Of several processes, give each its own dropout masks, the same ones again in a resumed run."""
+    """Of several processes, give each its own dropout masks, the same ones
+    again in a resumed run.
+    """
     if world() > 1:
         torch.manual_seed((seed * 1_000_003 + step) * world() + rank())
 
 
 def first_process_only(action):
-    """Call `action` in process 0 and return None; what it raises is raised in every process, so that none waits in vain."""
+    """Call `action` in process 0 and return None; what it raises is raised in every process, so
+    that none waits in vain.
+    """
     problem = [None]
     if rank() == 0:
         try:
@@ -101,16 +119,23 @@ def first_process_only(action):
 
 
 def replicate(model: nn.Module, average: nn.Module) -> nn.Module:
-    """`model`, wrapped so that its gradients are means over all processes. Weights and average become those of process 0."""
+    """`model`, wrapped so that its gradients are means over all processes.
+
+    Weights and average become those of process 0.
+    """
     if world() == 1:
         return model
     for tensor in average.state_dict().values():
         dist.broadcast(tensor, 0)
-    return DistributedDataParallel(model, static_graph=True)  # static: some weights may stay out of the loss
+    # static: some weights may stay out of the loss
+    return DistributedDataParallel(model, static_graph=True)
 
 
 def gather(loss: Tensor, stopped: bool) -> tuple[Tensor, Tensor | bool]:
-    """The loss of the whole batch, and whether any process has been told to stop. The host waits for neither."""
+    """The loss of the whole batch, and whether any process has been told to stop.
+
+    The host waits for neither.
+    """
     if world() == 1:
         return loss, stopped
     both = torch.stack([loss, torch.full_like(loss, stopped)])
@@ -120,7 +145,9 @@ def gather(loss: Tensor, stopped: bool) -> tuple[Tensor, Tensor | bool]:
 
 @contextlib.contextmanager
 def lost_worker(message):
-    """Turn what Gloo, or NCCL if it says so, reports of a lost process into a WorkerLost with the text `message()`."""
+    """Turn what Gloo, or NCCL if it says so, reports of a lost process into a WorkerLost with the
+    text `message()`.
+    """
     try:
         yield
     except RuntimeError as error:

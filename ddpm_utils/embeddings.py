@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """sin(t·w_i) for i = 0 … dim/2 − 1, then cos(t·w_i), with w_i = max_period^(−2i/dim) (Transformer, arXiv 1706.03762, 3.5).
+    """sin(t·w_i) for i = 0 … dim/2 − 1, then cos(t·w_i), with w_i = max_period^(−2i/dim)
+    (Transformer, arXiv 1706.03762, 3.5).
 
-    t: (B,) numbers, whole or not; returns (B, dim) float32 in [−1, 1]. Raises ValueError if dim is odd or below 2.
+    t: (B,) numbers, whole or not; returns (B, dim) float32 in [−1, 1]. Raises ValueError if dim is
+    odd or below 2.
     """
     check_pairs(dim)
     i = torch.arange(dim // 2, device=t.device)
@@ -19,7 +21,9 @@ def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> T
 
 
 class TimeEmbedding(nn.Module):
-    """t (B,) → (B, dim): the sinusoid, then Linear – SiLU – Linear, so that the network can reshape it to its needs."""
+    """t (B,) → (B, dim): the sinusoid, then Linear – SiLU – Linear, so that the network can reshape
+    it to its needs.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
@@ -35,5 +39,6 @@ def check_pairs(dim: int) -> None:
     """Raise ValueError unless `dim` is even and at least 2."""
     if dim < 2 or dim % 2:
         raise ValueError(
-            f"dim={dim} must be even and at least 2, since sines and cosines come in pairs: try {max(2, dim + dim % 2)}"
+            f"dim={dim} must be even and at least 2, since sines and cosines come in pairs: try "
+            f"{max(2, dim + dim % 2)}"
         )

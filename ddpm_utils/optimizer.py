@@ -7,10 +7,12 @@ from .config import TrainConfig
 
 
 def orthogonalise(matrices: Tensor, turns: int = 5) -> Tensor:
-    """The same singular vectors, every singular value brought near 1 (between 0.7 and 1.2): the direction, without the sizes.
+    """The same singular vectors, every singular value brought near 1 (between 0.7 and 1.2): the
+    direction, without the sizes.
 
-    matrices: (..., rows, columns). A Newton–Schulz iteration (Jordan et al. 2024, "Muon"): each turn maps a singular value s to
-    a·s + b·s³ + c·s⁵. All turns are polynomials in x xᵀ, so they are multiplied up there, where matrices are small.
+    matrices: (..., rows, columns). A Newton–Schulz iteration (Jordan et al. 2024, "Muon"): each
+    turn maps a singular value s to a·s + b·s³ + c·s⁵. All turns are polynomials in x xᵀ, so they
+    are multiplied up there, where matrices are small.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -26,11 +28,12 @@ def orthogonalise(matrices: Tensor, turns: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, except that a convolution's weight moves by its orthogonalised momentum (Jordan et al. 2024; 2502.16982, Eq. 4).
+    """AdamW, except that a convolution's weight moves by its orthogonalised momentum (Jordan et al.
+    2024; 2502.16982, Eq. 4).
 
-    That weight is taken as the matrix (c_out, height · width · c_in), which is its order in memory. The factor
-    0.2 · √max(rows, columns) makes the entries of a step as large as AdamW's, so that both share one learning rate.
-    Matrices of one shape are handled in one go.
+    That weight is taken as the matrix (c_out, height · width · c_in), which is its order in memory.
+    The factor 0.2 · √max(rows, columns) makes the entries of a step as large as AdamW's, so that
+    both share one learning rate. Matrices of one shape are handled in one go.
     """
 
     def __init__(self, model: nn.Module, lr: float, momentum: float = 0.95, **adamw):
@@ -38,7 +41,11 @@ class Muon(torch.optim.AdamW):
         for weight in model.parameters():
             shape = (len(weight), weight[0].numel()) if weight.ndim > 2 else ()
             shapes.setdefault(shape, []).append(weight)
-        super().__init__([{"params": weights, "shape": shape} for shape, weights in shapes.items()], lr=lr, **adamw)
+        super().__init__(
+            [{"params": weights, "shape": shape} for shape, weights in shapes.items()],
+            lr=lr,
+            **adamw,
+        )
         self.momentum = momentum
 
     @torch.no_grad()
@@ -56,13 +63,18 @@ class Muon(torch.optim.AdamW):
             rate = group["lr"] * 0.2 * max(group["shape"]) ** 0.5
             for weight, step in zip(weights, steps, strict=True):
                 rows = weight.movedim(1, -1)
-                rows.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.view(rows.shape), alpha=rate)
+                rows.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
+                    step.view(rows.shape), alpha=rate
+                )
                 weight.grad = None  # spent: AdamW below leaves a weight without gradient alone
         super().step()
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer that `cfg` names. Adam's fused version does the same arithmetic in one pass and must be asked for."""
+    """The optimizer that `cfg` names.
+
+    Adam's fused version does the same arithmetic in one pass and must be asked for.
+    """
     settings = {
         "lr": cfg.lr,
         "weight_decay": cfg.weight_decay,
@@ -70,4 +82,6 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
     }
     if cfg.optimizer == "muon":
         return Muon(model, **settings)
-    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[cfg.optimizer](model.parameters(), **settings)
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[cfg.optimizer](
+        model.parameters(), **settings
+    )

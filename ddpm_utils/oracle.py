@@ -1,4 +1,5 @@
-"""Exact denoisers: where the distribution of the data is known, the best possible x0_hat is a formula.
+"""Exact denoisers: where the distribution of the data is known, the best possible x0_hat is a
+formula.
 
 Each is a denoiser, denoise(x_t, t, y=None) → x0_hat = E[x0 | x_t]; y is ignored.
 """
@@ -13,10 +14,11 @@ from .schedules import NoiseSchedule
 class GaussianDenoiser(nn.Module):
     """The best denoiser for data x0 ~ N(mean, covariance).
 
-    With C the covariance and ā = alpha_bar_t: x0_hat = m + √ā·C·(ā·C + (1 − ā)·I)⁻¹·(x_t − √ā·m), the conditional mean of a
-    Gaussian. For data of any other kind with these moments it is the best *linear* denoiser (the Wiener filter).
-    mean: (D,) for data of D values (pixels in any shape); covariance: (D, D), symmetric, no eigenvalue below 0.
-    Raises ValueError on shapes that do not fit, or on a matrix that is no covariance.
+    With C the covariance and ā = alpha_bar_t: x0_hat = m + √ā·C·(ā·C + (1 − ā)·I)⁻¹·(x_t − √ā·m),
+    the conditional mean of a Gaussian. For data of any other kind with these moments it is the best
+    *linear* denoiser (the Wiener filter). mean: (D,) for data of D values (pixels in any shape);
+    covariance: (D, D), symmetric, no eigenvalue below 0. Raises ValueError on shapes that do not
+    fit, or on a matrix that is no covariance.
     """
 
     def __init__(self, schedule: NoiseSchedule, mean: Tensor, covariance: Tensor):
@@ -40,48 +42,64 @@ class GaussianDenoiser(nn.Module):
         return x0_hat.view_as(x_t), log_density
 
     def loss(self, target: str = "eps") -> Tensor:
-        """Its expected squared error per value at every t, shape (T,): what any linear denoiser can reach at best.
+        """Its expected squared error per value at every t, shape (T,): what any linear denoiser can
+        reach at best.
 
-        In each direction of variance λ the x0 error is λ(1 − ā)/(āλ + 1 − ā); eps scales it by ā/(1 − ā), v by 1/(1 − ā).
+        In each direction of variance λ the x0 error is λ(1 − ā)/(āλ + 1 − ā); eps scales it by ā/(1
+        − ā), v by 1/(1 − ā).
         """
         if target not in ("eps", "x0", "v"):
             raise ValueError(f"target={target!r} is not known: choose 'eps', 'x0' or 'v'")
-        alpha_bars, values = self.schedule.alpha_bars.cpu().double()[:, None], self.values.cpu().double()[None]
+        alpha_bars, values = (
+            self.schedule.alpha_bars.cpu().double()[:, None],
+            self.values.cpu().double()[None],
+        )
         common = (values / (alpha_bars * values + 1 - alpha_bars)).mean(dim=1)  # the error of v
         factor = {"v": 1.0, "eps": alpha_bars[:, 0], "x0": 1 - alpha_bars[:, 0]}
         return (common * factor[target]).float()
 
 
 class MixtureDenoiser(nn.Module):
-    """The best denoiser for a mixture of Gaussians: that of each component, weighted by how likely x_t came from it.
+    """The best denoiser for a mixture of Gaussians: that of each component, weighted by how likely
+    x_t came from it.
 
-    weights: (K,), positive, summing to 1; means: (K, D); covariances: (K, D, D). Raises ValueError on shapes that do not fit,
-    on weights that are not positive or do not sum to 1, or on a matrix that is no covariance.
+    weights: (K,), positive, summing to 1; means: (K, D); covariances: (K, D, D). Raises ValueError
+    on shapes that do not fit, on weights that are not positive or do not sum to 1, or on a matrix
+    that is no covariance.
     """
 
-    def __init__(self, schedule: NoiseSchedule, weights: Tensor, means: Tensor, covariances: Tensor):
+    def __init__(
+        self, schedule: NoiseSchedule, weights: Tensor, means: Tensor, covariances: Tensor
+    ):
         super().__init__()
         check_mixture(weights, means, covariances)
         self.log_weights = weights.log()
-        self.parts = [GaussianDenoiser(schedule, m, c) for m, c in zip(means, covariances, strict=True)]
+        self.parts = [
+            GaussianDenoiser(schedule, m, c) for m, c in zip(means, covariances, strict=True)
+        ]
 
     def forward(self, x_t: Tensor, t: Tensor, y=None) -> Tensor:
         x0_hats, log_densities = zip(*(part.posterior(x_t, t) for part in self.parts), strict=True)
-        shares = (self.log_weights + torch.stack(log_densities, dim=1)).softmax(dim=1)  # Bayes' rule, (B, K)
+        # Bayes' rule, (B, K)
+        shares = (self.log_weights + torch.stack(log_densities, dim=1)).softmax(dim=1)
         return torch.einsum("bk,kb...->b...", shares, torch.stack(x0_hats))
 
 
 class DataDenoiser(nn.Module):
-    """The best denoiser where the data are nothing but the given images: their mean, weighted by how likely x_t came from each.
+    """The best denoiser where the data are nothing but the given images: their mean, weighted by
+    how likely x_t came from each.
 
-    x0_hat = Σ wᵢ·xᵢ, w = softmax(−|x_t − √ā·xᵢ|² / (2·(1 − ā))). images: (N, …) in model range, each as likely as another.
-    It is what a network's training loss asks for, and it knows no other image.
+    x0_hat = Σ wᵢ·xᵢ, w = softmax(−|x_t − √ā·xᵢ|² / (2·(1 − ā))). images: (N, …) in model range,
+    each as likely as another. It is what a network's training loss asks for, and it knows no other
+    image.
     """
 
     def __init__(self, schedule: NoiseSchedule, images: Tensor):
         super().__init__()
         if len(images) == 0 or not images.is_floating_point():
-            raise ValueError(f"images: {tuple(images.shape)} {images.dtype}, expected at least one float image")
+            raise ValueError(
+                f"images: {tuple(images.shape)} {images.dtype}, expected at least one float image"
+            )
         self.schedule, self.images = schedule, images.flatten(1)
         self.squares = self.images.square().sum(dim=1)
 
@@ -98,30 +116,46 @@ class DataDenoiser(nn.Module):
 
 
 def fit_gaussian(schedule: NoiseSchedule, x0: Tensor) -> GaussianDenoiser:
-    """The best linear denoiser for data whose mean and covariance are those of x0 (N, …), floats in model range."""
+    """The best linear denoiser for data whose mean and covariance are those of x0 (N, …), floats in
+    model range.
+    """
     flat = x0.flatten(1).cpu().double()
     return GaussianDenoiser(schedule, flat.mean(dim=0).float().to(x0.device), torch.cov(flat.T))
 
 
 def eigen(covariance: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, none below 0, and eigenvectors of a covariance (D, D) in float64; ValueError unless it is one, for D means."""
+    """Eigenvalues, none below 0, and eigenvectors of a covariance (D, D) in float64; ValueError
+    unless it is one, for D means.
+    """
     d = mean.numel()
     if covariance.shape != (d, d) or not torch.allclose(covariance, covariance.T, atol=1e-6):
         raise ValueError(
-            f"covariance must be symmetric of shape ({d}, {d}) to go with {d} means, got {tuple(covariance.shape)}"
+            f"covariance must be symmetric of shape ({d}, {d}) to go with {d} means, got "
+            f"{tuple(covariance.shape)}"
         )
     values, vectors = torch.linalg.eigh(covariance.cpu().double())  # not every device knows float64
-    rounding = d * torch.finfo(covariance.dtype).eps * values[-1].abs()  # it may push a flat direction below 0
+    # it may push a flat direction below 0
+    rounding = d * torch.finfo(covariance.dtype).eps * values[-1].abs()
     if values[0] < -rounding:
-        raise ValueError(f"covariance has the eigenvalue {values[0].item():.3g}: variances cannot be negative")
+        raise ValueError(
+            f"covariance has the eigenvalue {values[0].item():.3g}: variances cannot be negative"
+        )
     return values.clamp(min=0), vectors
 
 
 def check_mixture(weights: Tensor, means: Tensor, covariances: Tensor) -> None:
-    """Raise ValueError unless there are K positive weights that sum to 1, (K, D) means and (K, D, D) covariances."""
+    """Raise ValueError unless there are K positive weights that sum to 1, (K, D) means and (K, D,
+    D) covariances.
+    """
     k = len(weights)
     if weights.ndim != 1 or not (weights > 0).all() or abs(weights.sum().item() - 1) > 1e-5:
         raise ValueError(f"weights={weights.tolist()} must be positive and sum to 1")
-    if means.ndim != 2 or len(means) != k or covariances.shape != (k, means.shape[1], means.shape[1]):
-        raise ValueError(f"{k} weights go with means ({k}, D) and covariances ({k}, D, D): got {tuple(means.shape)} and "
-                         f"{tuple(covariances.shape)}")  # fmt: skip
+    if (
+        means.ndim != 2
+        or len(means) != k
+        or covariances.shape != (k, means.shape[1], means.shape[1])
+    ):
+        raise ValueError(
+            f"{k} weights go with means ({k}, D) and covariances ({k}, D, D): got "
+            f"{tuple(means.shape)} and {tuple(covariances.shape)}"
+        )

@@ -1,4 +1,6 @@
-"""Pictures in one style: grids, strips, axes for curves, GIFs. Takes images in model range [−1, 1]; never calls `plt.show()`.
+"""Pictures in one style: grids, strips, axes for curves, GIFs.
+
+Takes images in model range [−1, 1]; never calls `plt.show()`.
 
 Figures are made without pyplot, so nothing is drawn twice and nothing has to be closed.
 """
@@ -21,20 +23,36 @@ from .data import to_image_range
 # One colour a role, from the colour-blind-safe set of Okabe and Ito.
 DATA, NOISE, MODEL, REFERENCE, EXTRA = "#0072B2", "#D55E00", "#009E73", "#767676", "#CC79A7"
 STYLE = {
-    "figure.dpi": 90, "savefig.dpi": 90, "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
-    "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 9, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E4E4E4", "grid.linewidth": 0.8,
-    "axes.axisbelow": True, "lines.linewidth": 1.8, "image.cmap": "gray", "figure.constrained_layout.use": True,
+    "figure.dpi": 90,
+    "savefig.dpi": 90,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "savefig.facecolor": "white",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.labelsize": 10,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.8,
+    "image.cmap": "gray",
+    "figure.constrained_layout.use": True,
     "axes.prop_cycle": matplotlib.cycler(color=[DATA, NOISE, MODEL, EXTRA, REFERENCE, "#E69F00"]),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Bytes of a PNG or a GIF with a text for those who cannot see it; a cell that ends in one shows it.
+    """Bytes of a PNG or a GIF with a text for those who cannot see it; a cell that ends in one
+    shows it.
 
-    A GIF travels under the type `image/png`: browsers look at the bytes and animate it, while notebook viewers and GitHub
-    drop the type `image/gif`.
+    A GIF travels under the type `image/png`: browsers look at the bytes and animate it, while
+    notebook viewers and GitHub drop the type `image/gif`.
     """
 
     data: bytes
@@ -47,18 +65,28 @@ class Picture:
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         metadata = {"alt": self.alt} | ({"width": self.width} if self.width else {})
-        return {"image/png": base64.b64encode(self.data).decode(), "text/plain": self.alt}, {"image/png": metadata}
+        return {"image/png": base64.b64encode(self.data).decode(), "text/plain": self.alt}, {
+            "image/png": metadata
+        }
 
 
-def figure(rows: int = 1, cols: int = 1, width: float = 7.0, height: float | None = None, **subplots):
-    """A figure in the series' style, and its axes: one, or an array as `Figure.subplots` returns it. Sizes in inches."""
-    matplotlib.rcParams.update(STYLE)  # for good: a legend or a label added later must look the same
+def figure(
+    rows: int = 1, cols: int = 1, width: float = 7.0, height: float | None = None, **subplots
+):
+    """A figure in the series' style, and its axes: one, or an array as `Figure.subplots` returns
+    it. Sizes in inches.
+    """
+    # for good: a legend or a label added later must look the same
+    matplotlib.rcParams.update(STYLE)
     fig = Figure(figsize=(width, height or 3.0 * rows))
     return fig, fig.subplots(rows, cols, **subplots)
 
 
 def show(fig: Figure, alt: str) -> Picture:
-    """Turn a figure into a Picture; `alt` says in a sentence what it shows. Raises ValueError on an empty alt."""
+    """Turn a figure into a Picture; `alt` says in a sentence what it shows.
+
+    Raises ValueError on an empty alt.
+    """
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=STYLE["savefig.dpi"])
     pixels = iio.imread(buffer.getvalue(), extension=".png")[..., :3]
@@ -68,12 +96,16 @@ def show(fig: Figure, alt: str) -> Picture:
 
 
 def tile(x: Tensor, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """(N, C, H, W) in model range → one uint8 picture (rows, columns[, 3]) with white gaps; the last row is padded with white.
+    """(N, C, H, W) in model range → one uint8 picture (rows, columns[, 3]) with white gaps; the
+    last row is padded with white.
 
     Raises ValueError unless x is a batch of 1- or 3-channel images.
     """
     if x.ndim != 4 or x.shape[1] not in (1, 3) or len(x) == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (at least 1 image, 1 or 3 channels, height, width)")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, expected (at least 1 image, 1 or 3 channels, height, "
+            "width)"
+        )
     columns = columns or int(np.ceil(np.sqrt(len(x))))
     pixels = to_image_range(x.detach().cpu())
     pixels = torch.nn.functional.pad(pixels, (0, gap, 0, gap), value=255)
@@ -83,18 +115,26 @@ def tile(x: Tensor, columns: int | None = None, gap: int = 2) -> np.ndarray:
     return picture.squeeze(-1).numpy()
 
 
-def grid(x: Tensor, columns: int | None = None, title: str | None = None, width: float = 5.0) -> Figure:
+def grid(
+    x: Tensor, columns: int | None = None, title: str | None = None, width: float = 5.0
+) -> Figure:
     """A figure of N images, left to right and top to bottom; any N."""
     pixels = tile(x, columns)
-    fig, ax = figure(width=width, height=width * pixels.shape[0] / pixels.shape[1] + (0.35 if title else 0.1))
+    fig, ax = figure(
+        width=width, height=width * pixels.shape[0] / pixels.shape[1] + (0.35 if title else 0.1)
+    )
     _imshow(ax, pixels)
     if title:
         ax.set_title(title)
     return fig
 
 
-def strip(rows: dict[str, Tensor], titles: list[str], title: str | None = None, width: float = 8.0) -> Figure:
-    """Rows of images, one list of column titles above them. rows: {row label: (K, C, H, W)}, titles: K strings.
+def strip(
+    rows: dict[str, Tensor], titles: list[str], title: str | None = None, width: float = 8.0
+) -> Figure:
+    """Rows of images, one list of column titles above them.
+
+    rows: {row label: (K, C, H, W)}, titles: K strings.
 
     Raises ValueError if a row does not hold one image a title.
     """
@@ -105,7 +145,11 @@ def strip(rows: dict[str, Tensor], titles: list[str], title: str | None = None, 
     cell = width / k
     lines = 1 + max(text.count("\n") for text in titles)
     fig, axes = figure(
-        len(rows), k, width=width, height=cell * len(rows) + 0.2 * lines + (0.3 if title else 0), squeeze=False
+        len(rows),
+        k,
+        width=width,
+        height=cell * len(rows) + 0.2 * lines + (0.3 if title else 0),
+        squeeze=False,
     )
     for axes_row, (name, x) in zip(axes, rows.items(), strict=True):
         for ax, image in zip(axes_row, x, strict=True):
@@ -127,7 +171,8 @@ def _imshow(ax, pixels: np.ndarray) -> None:
 
 
 def frame_times(timesteps: int, frames: int) -> list[int]:
-    """`frames` values of t, evenly spread from T−1 down to −1 (the finished picture), both always there.
+    """`frames` values of t, evenly spread from T−1 down to −1 (the finished picture), both always
+    there.
 
     Raises ValueError if frames is below 2. With more frames than steps some t come twice.
     """
@@ -136,21 +181,38 @@ def frame_times(timesteps: int, frames: int) -> list[int]:
     return [int(t) for t in np.linspace(timesteps - 1, -1, frames).round()]
 
 
-def save_gif(path: Path | str, frames, columns: int | None = None, ms: int = 60, hold_ms: int = 1500, scale: int = 1,
-             greys: int = 16) -> Path:  # fmt: skip
-    """Write one animated grid: frames is a sequence of (N, C, H, W) in model range, all of one shape; loops for ever.
+def save_gif(
+    path: Path | str,
+    frames,
+    columns: int | None = None,
+    ms: int = 60,
+    hold_ms: int = 1500,
+    scale: int = 1,
+    greys: int = 16,
+) -> Path:
+    """Write one animated grid: frames is a sequence of (N, C, H, W) in model range, all of one
+    shape; loops for ever.
 
-    Every frame is converted by the same fixed rule, so nothing flickers. `ms` is the time of a frame, `hold_ms` that of the
-    last, both in milliseconds (GIF counts in tens); `scale` enlarges each pixel; `greys` levels (2 … 256) keep noise small on
-    disk. Raises ValueError on no frames, on frames that are no floats in model range, or of different shapes.
+    Every frame is converted by the same fixed rule, so nothing flickers. `ms` is the time of a
+    frame, `hold_ms` that of the last, both in milliseconds (GIF counts in tens); `scale` enlarges
+    each pixel; `greys` levels (2 … 256) keep noise small on disk. Raises ValueError on no frames,
+    on frames that are no floats in model range, or of different shapes.
     """
     frames = list(frames)
     if not frames:
-        raise ValueError("a GIF of zero frames cannot be written: keep some states of the sampler first")
+        raise ValueError(
+            "a GIF of zero frames cannot be written: keep some states of the sampler first"
+        )
     if any(f.shape != frames[0].shape for f in frames):
-        raise ValueError(f"frames have different shapes: {sorted({tuple(f.shape) for f in frames})}")
-    for name, value, low, high in (("greys", greys, 2, 256), ("scale", scale, 1, 64), ("ms", ms, 10, 60_000),
-                                   ("hold_ms", hold_ms, 10, 60_000)):  # fmt: skip
+        raise ValueError(
+            f"frames have different shapes: {sorted({tuple(f.shape) for f in frames})}"
+        )
+    for name, value, low, high in (
+        ("greys", greys, 2, 256),
+        ("scale", scale, 1, 64),
+        ("ms", ms, 10, 60_000),
+        ("hold_ms", hold_ms, 10, 60_000),
+    ):
         if not low <= value <= high:
             raise ValueError(f"{name}={value} is outside {low} … {high}")
     step = 255 / (greys - 1)
@@ -161,7 +223,8 @@ def save_gif(path: Path | str, frames, columns: int | None = None, ms: int = 60,
         pictures.append(picture.repeat(scale, axis=0).repeat(scale, axis=1))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    times = [ms] * (len(pictures) - 1) + [hold_ms] if len(pictures) > 1 else hold_ms  # one frame takes no list
+    # one frame takes no list
+    times = [ms] * (len(pictures) - 1) + [hold_ms] if len(pictures) > 1 else hold_ms
     iio.imwrite(path, np.stack(pictures), extension=".gif", is_batch=True, duration=times, loop=0)
     return path
 

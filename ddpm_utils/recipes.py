@@ -1,7 +1,9 @@
-"""The recipes of the four source tutorials, whose networks stand in `gallery`: how each trains, and which pictures it draws.
+"""The recipes of the four source tutorials, whose networks stand in `gallery`: how each trains, and
+which pictures it draws.
 
-What they share: T = 1000 linear betas, ε as target, t drawn uniformly, Adam, and, but for the guide, a constant rate without
-clipping. None tells its network labels, and none clamps x̂0 on the way: the finished picture alone is cut to its range.
+What they share: T = 1000 linear betas, ε as target, t drawn uniformly, Adam, and, but for the
+guide, a constant rate without clipping. None tells its network labels, and none clamps x̂0 on the
+way: the finished picture alone is cut to its range.
 """
 
 from dataclasses import dataclass
@@ -9,17 +11,28 @@ from dataclasses import dataclass
 from .config import DATASETS, PAPER
 
 SHARED = PAPER | {
-    "channels": 1, "timesteps": 1000, "beta_scale": 1.0, "optimizer": "adam", "weight_decay": 0.0, "num_classes": 0,
-    "warmup_steps": 0, "decay_from": 1.0, "grad_clip": 1e6, "ema_decay": 0.0,
-}  # fmt: skip
+    "channels": 1,
+    "timesteps": 1000,
+    "beta_scale": 1.0,
+    "optimizer": "adam",
+    "weight_decay": 0.0,
+    "num_classes": 0,
+    "warmup_steps": 0,
+    "decay_from": 1.0,
+    "grad_clip": 1e6,
+    "ema_decay": 0.0,
+}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """`config`: fields of `TrainConfig`. The rest: what is drawn from the trained network, by ancestral sampling in all T steps.
+    """`config`: fields of `TrainConfig`.
 
-    pictures: in the grid; columns: of the grid; variance: "beta" or "beta_tilde"; strip: the times of T = 1000 at which every
-    picture is shown on its way, () for no strip; frames, filmed: of the GIF and pictures in it, 0 for no GIF.
+    The rest: what is drawn from the trained network, by ancestral sampling in all T steps.
+
+    pictures: in the grid; columns: of the grid; variance: "beta" or "beta_tilde"; strip: the times
+    of T = 1000 at which every picture is shown on its way, () for no strip; frames, filmed: of the
+    GIF and pictures in it, 0 for no GIF.
     """
 
     config: dict
@@ -32,47 +45,101 @@ class Recipe:
 
 
 RECIPES = {
-    # Faces, in colour, from a folder that the reader brings: there is no default. As published it keeps the weights of the
-    # epoch with the lowest loss in training; here best.pt has the lowest loss on pictures held out.
+    # Faces, in colour, from a folder that the reader brings: there is no default. As published it
+    # keeps the weights of the epoch with the lowest loss in training; here best.pt has the lowest
+    # loss on pictures held out.
     "anime": Recipe(
-        SHARED | {"model": "anime", "image_size": 48, "channels": 3, "batch_size": 32, "lr": 1e-4, "epochs": 50.0},
-        pictures=12, columns=6, variance="beta_tilde",
+        SHARED
+        | {
+            "model": "anime",
+            "image_size": 48,
+            "channels": 3,
+            "batch_size": 32,
+            "lr": 1e-4,
+            "epochs": 50.0,
+        },
+        pictures=12,
+        columns=6,
+        variance="beta_tilde",
     ),
-    # Published for Fashion-MNIST and MNIST. It, too, keeps the epoch with the lowest loss in training.
+    # Published for Fashion-MNIST and MNIST. It, too, keeps the epoch with the lowest loss in
+    # training.
     "article": Recipe(
-        SHARED | {"model": "article", "dataset": "fashion_mnist", "image_size": 28, "batch_size": 128, "lr": 1e-3,
-                  "epochs": 20.0},
-        pictures=100, columns=10, frames=100, filmed=16,
+        SHARED
+        | {
+            "model": "article",
+            "dataset": "fashion_mnist",
+            "image_size": 28,
+            "batch_size": 128,
+            "lr": 1e-3,
+            "epochs": 20.0,
+        },
+        pictures=100,
+        columns=10,
+        frames=100,
+        filmed=16,
     ),
-    # Fragments, with the advice to start small, to clip gradients and to let the rate fall. All numbers but those of the
-    # schedule are ours, and so are the data, padded to the next size that halves three times.
+    # Fragments, with the advice to start small, to clip gradients and to let the rate fall. All
+    # numbers but those of the schedule are ours, and so are the data, padded to the next size that
+    # halves three times.
     "guide": Recipe(
-        SHARED | {"model": "guide", "dataset": "mnist", "image_size": 32, "pad": 2, "batch_size": 128, "lr": 1e-3,
-                  "epochs": 20.0, "grad_clip": 1.0, "decay_from": 0.0, "lr_floor": 0.02},
-        pictures=16, columns=4,
+        SHARED
+        | {
+            "model": "guide",
+            "dataset": "mnist",
+            "image_size": 32,
+            "pad": 2,
+            "batch_size": 128,
+            "lr": 1e-3,
+            "epochs": 20.0,
+            "grad_clip": 1.0,
+            "decay_from": 0.0,
+            "lr_floor": 0.02,
+        },
+        pictures=16,
+        columns=4,
     ),
-    # Images in [0, 1]: a range that exists in this recipe alone. Its average is timm's, 0.9999 from the first step on; ours
-    # rises to that over 90,000 steps (this run has 70,312), and so forgets the random start. As published the last batch of an
-    # epoch is dropped if it is not full; here batches run on from pass to pass. The grid is ours.
+    # Images in [0, 1]: a range that exists in this recipe alone. Its average is timm's, 0.9999 from
+    # the first step on; ours rises to that over 90,000 steps (this run has 70,312), and so forgets
+    # the random start. As published the last batch of an epoch is dropped if it is not full; here
+    # batches run on from pass to pass. The grid is ours.
     "mnist32": Recipe(
-        SHARED | {"model": "mnist32", "dataset": "mnist", "image_size": 32, "pad": 2, "data_range": "unit", "batch_size": 64,
-                  "lr": 2e-5, "epochs": 75.0, "ema_decay": 0.9999},
-        pictures=10, columns=5, strip=(999, 700, 550, 400, 300, 200, 100, 50, 15, 0),
+        SHARED
+        | {
+            "model": "mnist32",
+            "dataset": "mnist",
+            "image_size": 32,
+            "pad": 2,
+            "data_range": "unit",
+            "batch_size": 64,
+            "lr": 2e-5,
+            "epochs": 75.0,
+            "ema_decay": 0.9999,
+        },
+        pictures=10,
+        columns=5,
+        strip=(999, 700, 550, 400, 300, 200, 100, 50, 15, 0),
     ),
-}  # fmt: skip
+}
 
 
 def fields(name: str, **chosen) -> dict:
     """Fields of `TrainConfig`: those `chosen`, over those of the recipe `name`.
 
-    The data sets are grey, whatever the recipe; pictures of a folder are read as the recipe's network takes them. Raises
-    ValueError on an unknown name, and if the recipe is for pictures of your own and `chosen` names none.
+    The data sets are grey, whatever the recipe; pictures of a folder are read as the recipe's
+    network takes them. Raises ValueError on an unknown name, and if the recipe is for pictures of
+    your own and `chosen` names none.
     """
     if name not in RECIPES:
-        raise ValueError(f"recipe={name!r} is not known: choose one of {', '.join(map(repr, RECIPES))}")
+        raise ValueError(
+            f"recipe={name!r} is not known: choose one of {', '.join(map(repr, RECIPES))}"
+        )
     merged = RECIPES[name].config | chosen
     if "dataset" not in merged:
-        raise ValueError(f"the recipe {name!r} is for pictures of your own: name their folder, as in --dataset ./faces")
+        raise ValueError(
+            f"the recipe {name!r} is for pictures of your own: name their folder, as in --dataset "
+            "./faces"
+        )
     if merged["dataset"] in DATASETS and "channels" not in chosen:
         merged["channels"] = 1
     return merged

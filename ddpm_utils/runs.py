@@ -1,4 +1,7 @@
-"""A run: the training loop with what keeps it safe. Stopping, saving, measuring, divergence, several processes, the same data."""
+"""A run: the training loop with what keeps it safe.
+
+Stopping, saving, measuring, divergence, several processes, the same data.
+"""
 
 import contextlib
 import hashlib
@@ -18,14 +21,24 @@ from . import checkpoints, distributed, runtime
 from .checkpoints import NotSaved
 from .config import TrainConfig
 from .data import check_images, digest
-from .training import READ_EVERY, TrainState, batch_indices, held_out_loss, learning_rate, training_steps
+from .training import (
+    READ_EVERY,
+    TrainState,
+    batch_indices,
+    held_out_loss,
+    learning_rate,
+    training_steps,
+)
 
 EXPLODED = 1e3  # a loss; the answer 0 has about 1, whatever the target
 FIVE_MINUTES = 300  # seconds
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss was no finite number, or an enormous one. The message names step, config and the last good checkpoint."""
+    """The loss was no finite number, or an enormous one.
+
+    The message names step, config and the last good checkpoint.
+    """
 
 
 @dataclass
@@ -46,7 +59,10 @@ class Clock:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What the loop reports after a step. `held_out` is the EMA network's loss on held-out images, where it was measured."""
+    """What the loop reports after a step.
+
+    `held_out` is the EMA network's loss on held-out images, where it was measured.
+    """
 
     step: int
     total: int
@@ -58,12 +74,18 @@ class StepRecord:
 
     @property
     def loss(self) -> float:
-        """The loss of the whole batch. A GPU is waited for: to read the losses of many steps at once, see `losses`."""
+        """The loss of the whole batch.
+
+        A GPU is waited for: to read the losses of many steps at once, see `losses`.
+        """
         return losses([self])[0]
 
 
 def losses(records: list[StepRecord]) -> list[float]:
-    """The losses of `records`, read from the device in one go. Waiting for its steps counts as their time."""
+    """The losses of `records`, read from the device in one go.
+
+    Waiting for its steps counts as their time.
+    """
     if not records:
         return []
     with records[-1].clock.running() if records[-1].clock else contextlib.nullcontext():
@@ -71,9 +93,12 @@ def losses(records: list[StepRecord]) -> list[float]:
 
 
 class Forecast:
-    """How long a run will take, from the speed of its first steps. `after(record)` returns a sentence, once, else None.
+    """How long a run will take, from the speed of its first steps.
 
-    The first step is left out, in which kernels are loaded and chosen; the next `READ_EVERY` are timed.
+    `after(record)` returns a sentence, once, else None.
+
+    The first step is left out, in which kernels are loaded and chosen; the next `READ_EVERY` are
+    timed.
     """
 
     def __init__(self, cfg: TrainConfig, n_images: int):
@@ -89,7 +114,8 @@ class Forecast:
         minutes = (record.total - record.step) * self.cfg.batch_size / speed / 60
         epochs = FIVE_MINUTES * speed / self.n_images
         return (
-            f"{speed:,.0f} images/s: about {minutes:.3g} more minutes for the {record.total - record.step:,} steps to come; "
+            f"{speed:,.0f} images/s: about {minutes:.3g} more minutes for the "
+            f"{record.total - record.step:,} steps to come; "
             f"{epochs:.2g} epochs would take five minutes"
         )
 
@@ -104,20 +130,23 @@ def train(
 ) -> Iterator[StepRecord]:
     """Run `state` to the end of its config, yielding a StepRecord after every step.
 
-    images: (N, C, H, W) uint8, moved to the device once; or `folders.FolderImages`, read a batch at a time. With `held_out`
-    images, their loss is measured every `evaluate_every` steps (a tenth of the run if not given). With a `folder`, `last.pt` is
-    written at those points and at the end, and `best.pt` when the held-out loss is the lowest so far. The stop button (Ctrl-C)
-    or SIGTERM ends the loop between two steps, with `state.stopped` set and `last.pt` written: calling `train` again goes on
-    exactly.
+    images: (N, C, H, W) uint8, moved to the device once; or `folders.FolderImages`, read a batch at
+    a time. With `held_out` images, their loss is measured every `evaluate_every` steps (a tenth of
+    the run if not given). With a `folder`, `last.pt` is written at those points and at the end, and
+    `best.pt` when the held-out loss is the lowest so far. The stop button (Ctrl-C) or SIGTERM ends
+    the loop between two steps, with `state.stopped` set and `last.pt` written: calling `train`
+    again goes on exactly.
 
-    Inside `distributed.group` every process makes this same call and sees the loss of the whole batch; process 0 alone
-    measures and writes. Leave the loop early with `state.stopped = True`, which reaches the others: after `break` they wait.
+    Inside `distributed.group` every process makes this same call and sees the loss of the whole
+    batch; process 0 alone measures and writes. Leave the loop early with `state.stopped = True`,
+    which reaches the others: after `break` they wait.
 
-    A save that fails is a warning, and is tried again at the next point. Raises NotSaved at once if `folder` cannot be
-    written to, and after the last step if its save failed; ValueError on images that are not uint8, are empty, or are
-    not those of the run's first steps, on labels that do not go with them, and on processes that do not agree;
-    TrainingDiverged when the loss is not finite or beyond `EXPLODED` (on a GPU up to `READ_EVERY` steps later);
-    distributed.WorkerLost when another process dies (over Gloo; NCCL may wait for its timeout instead).
+    A save that fails is a warning, and is tried again at the next point. Raises NotSaved at once if
+    `folder` cannot be written to, and after the last step if its save failed; ValueError on images
+    that are not uint8, are empty, or are not those of the run's first steps, on labels that do not
+    go with them, and on processes that do not agree; TrainingDiverged when the loss is not finite
+    or beyond `EXPLODED` (on a GPU up to `READ_EVERY` steps later); distributed.WorkerLost when
+    another process dies (over Gloo; NCCL may wait for its timeout instead).
     """
     cfg, first = state.cfg, state.step
     facts = describe_data(images, labels)
@@ -132,7 +161,9 @@ def train(
         distributed.agree(step=state.step, config=cfg.run_name(), **facts)
         check_same_data(state, facts)
         state.data = facts
-        steps = training_steps(state, images, labels, distributed.replicate(state.model, state.ema.model))
+        steps = training_steps(
+            state, images, labels, distributed.replicate(state.model, state.ema.model)
+        )
         unread, leave, clock, speed = {}, False, Clock(), 0.0
         while state.step < total and not leave:
             number, lr = state.step, learning_rate(state.step, total, cfg)
@@ -146,7 +177,8 @@ def train(
                 if look:
                     _read(state, unread, folder)
                     leave = bool(stop)
-            if look:  # in between, a GPU's host knows when a step was ordered and not when it was done
+            # in between, a GPU's host knows when a step was ordered and not when it was done
+            if look:
                 speed = (state.step - first) * cfg.batch_size / clock.busy  # images a second
             # measure and save at the points for it; report
             measured = _measure_and_save(state, held_out, folder) if point else None
@@ -155,17 +187,22 @@ def train(
         if unread:  # stopped between two looks
             _read(state, unread, folder)
         state.stopped = state.stopped or leave
-        if leave and folder is not None:  # the stop may have come in a step, or while the caller was drawing
+        # the stop may have come in a step, or while the caller was drawing
+        if leave and folder is not None:
             _measure_and_save(state, None, folder)
     if state.unsaved:
         raise NotSaved(f"the run ended at step {state.step}, but {state.unsaved}")
 
 
 def _bring(state: TrainState, images, labels: Tensor | None, held_out: Tensor | None):
-    """Check the data and move what is held in memory to the device; also the context in which a stream reads ahead."""
+    """Check the data and move what is held in memory to the device; also the context in which a
+    stream reads ahead.
+    """
     mine = distributed.share(state.cfg.batch_size)
     if labels is not None and labels.shape != images.shape[:1]:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}, expected one an image: ({len(images)},)")
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, expected one an image: ({len(images)},)"
+        )
     if held_out is not None:
         check_images(held_out)
     if isinstance(images, Tensor):
@@ -178,18 +215,32 @@ def _bring(state: TrainState, images, labels: Tensor | None, held_out: Tensor | 
 
 
 def describe_data(images, labels: Tensor | None) -> dict:
-    """What a checkpoint keeps of the images (N, C, H, W) and labels (N,): their shape, and a digest of each."""
-    kept = None if labels is None else hashlib.blake2b(labels.cpu().numpy().tobytes(), digest_size=8).hexdigest()
+    """What a checkpoint keeps of the images (N, C, H, W) and labels (N,): their shape, and a digest
+    of each.
+    """
+    kept = (
+        None
+        if labels is None
+        else hashlib.blake2b(labels.cpu().numpy().tobytes(), digest_size=8).hexdigest()
+    )
     return {"shape": list(images.shape), "images": digest(images), "labels": kept}
 
 
 def check_same_data(state: TrainState, now: dict) -> None:
-    """Raise ValueError that says what differs, if the run came to its step on other data than `now` (`describe_data`)."""
+    """Raise ValueError that says what differs, if the run came to its step on other data than `now`
+    (`describe_data`).
+    """
     if state.step == 0:
         return
-    words = {"shape": "number and size (N, C, H, W)", "images": "pixels (digest)", "labels": "labels (digest)"}
+    words = {
+        "shape": "number and size (N, C, H, W)",
+        "images": "pixels (digest)",
+        "labels": "labels (digest)",
+    }
     differing = [
-        f"{words[name]} {then} then, {now[name]} now" for name, then in (state.data or {}).items() if then != now[name]
+        f"{words[name]} {then} then, {now[name]} now"
+        for name, then in (state.data or {}).items()
+        if then != now[name]
     ]
     if differing:
         raise ValueError(
@@ -199,21 +250,28 @@ def check_same_data(state: TrainState, now: dict) -> None:
 
 
 def _read(state: TrainState, unread: dict[int, Tensor], folder: Path | str | None) -> None:
-    """Look at the losses of the latest steps, by number, and forget them. Raises TrainingDiverged."""
+    """Look at the losses of the latest steps, by number, and forget them.
+
+    Raises TrainingDiverged.
+    """
     for number, loss in zip(unread, torch.stack([*unread.values()]).tolist(), strict=True):
         if not loss < EXPLODED:  # which NaN is not either
             raise TrainingDiverged(_divergence(state, loss, number, folder))
     unread.clear()
 
 
-def _measure_and_save(state: TrainState, held_out: Tensor | None, folder: Path | str | None) -> float | None:
+def _measure_and_save(
+    state: TrainState, held_out: Tensor | None, folder: Path | str | None
+) -> float | None:
     if not torch.stack([weight.isfinite().all() for weight in state.model.parameters()]).all():
         raise TrainingDiverged(_divergence(state, math.nan, state.step, folder))
     if distributed.rank() != 0:
         return None
     measured, cfg = None, state.cfg
     if held_out is not None:
-        measured = held_out_loss(state.ema.model, state.schedule, held_out, cfg.target, data_range=cfg.data_range)
+        measured = held_out_loss(
+            state.ema.model, state.schedule, held_out, cfg.target, data_range=cfg.data_range
+        )
     best, state.unsaved = state.best, None
     if measured is not None:
         state.best = min(best, measured)
@@ -229,7 +287,8 @@ def _try_to_save(path: Path, state: TrainState) -> bool:
         checkpoints.save(path, state)
     except NotSaved as error:
         state.unsaved = error
-        warnings.warn(f"step {state.step}: {error}", RuntimeWarning, stacklevel=4)  # at the caller's loop
+        # at the caller's loop
+        warnings.warn(f"step {state.step}: {error}", RuntimeWarning, stacklevel=4)
         return False
     return True
 
@@ -246,21 +305,27 @@ def _last_good(folder: Path | str | None) -> str:
 def _divergence(state: TrainState, loss: float, step: int, folder: Path | str | None) -> str:
     cfg = state.cfg
     return (
-        f"loss={loss:g} at step {step} of {cfg.run_name()} (lr={cfg.lr}, batch_size={cfg.batch_size}, "
-        f"grad_clip={cfg.grad_clip}); {_last_good(folder)}. Lower lr, or look for NaN in the images."
+        f"loss={loss:g} at step {step} of {cfg.run_name()} (lr={cfg.lr}, "
+        f"batch_size={cfg.batch_size}, grad_clip={cfg.grad_clip}); {_last_good(folder)}. Lower "
+        "lr, or look for NaN in the images."
     )
 
 
 def _lost(state: TrainState, folder: Path | str | None) -> str:
     return (
-        f"another process died at step {state.step} (its own message, if it left one, says why); {_last_good(folder)}"
+        f"another process died at step {state.step} (its own message, if it left one, says "
+        f"why); {_last_good(folder)}"
     )
 
 
 @contextlib.contextmanager
 def _stop_between_steps(state: TrainState):
-    """While inside, Ctrl-C and SIGTERM set `state.stopped` and cut no step in half. A second one does what it always does."""
-    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+    """While inside, Ctrl-C and SIGTERM set `state.stopped` and cut no step in half.
+
+    A second one does what it always does.
+    """
+    # signals belong to the main thread
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 

@@ -1,9 +1,12 @@
-"""Where and how a lesson runs: device, seed, fast mode, folders. The only module that reads environment variables.
+"""Where and how a lesson runs: device, seed, fast mode, folders.
 
-In a checkout of the repository, `outputs/`, `checkpoints/` and `data/` lie at its root. Outside one (the package was
-installed as a wheel), the first two lie in the working directory of the time of import, and data in the user's cache.
-`DDPM_OUTPUT_DIR`, `DDPM_CHECKPOINT_DIR` and `DDPM_DATA_DIR` name other folders. A relative path in them counts from
-the same root, not from the current directory: Jupyter starts each notebook in the folder that the notebook lies in.
+The only module that reads environment variables.
+
+In a checkout of the repository, `outputs/`, `checkpoints/` and `data/` lie at its root. Outside one
+(the package was installed as a wheel), the first two lie in the working directory of the time of
+import, and data in the user's cache. `DDPM_OUTPUT_DIR`, `DDPM_CHECKPOINT_DIR` and `DDPM_DATA_DIR`
+name other folders. A relative path in them counts from the same root, not from the current
+directory: Jupyter starts each notebook in the folder that the notebook lies in.
 """
 
 import contextlib
@@ -18,7 +21,8 @@ import numpy as np
 import torch
 
 _PACKAGE_PARENT = Path(__file__).resolve().parent.parent
-IN_CHECKOUT = (_PACKAGE_PARENT / "tools" / "lessons.py").is_file()  # a file that no installed copy has
+# a file that no installed copy has
+IN_CHECKOUT = (_PACKAGE_PARENT / "tools" / "lessons.py").is_file()
 ROOT = _PACKAGE_PARENT if IN_CHECKOUT else Path.cwd()
 
 
@@ -27,12 +31,17 @@ def _is_on(variable: str) -> bool:
 
 
 def is_fast() -> bool:
-    """True when `DDPM_FAST=1`: everything runs, on sizes that finish in seconds and with images that mean nothing."""
+    """True when `DDPM_FAST=1`: everything runs, on sizes that finish in seconds and with images
+    that mean nothing.
+    """
     return _is_on("DDPM_FAST")
 
 
 def shrink(full, fast):
-    """`full`, or `fast` in fast mode. Lessons shrink their counts with this; networks shrink in `config.for_this_run`."""
+    """`full`, or `fast` in fast mode.
+
+    Lessons shrink their counts with this; networks shrink in `config.for_this_run`.
+    """
     return fast if is_fast() else full
 
 
@@ -52,13 +61,16 @@ def pick_device(name: str | None = None) -> torch.device:
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if kind in here))
     if str(name) not in here:
         raise ValueError(
-            f"device {name!r} is not here; this machine has: {', '.join(here)}. Leave it out to take the best one."
+            f"device {name!r} is not here; this machine has: {', '.join(here)}. Leave it out to "
+            "take the best one."
         )
     return torch.device(name)
 
 
 def seed_everything(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Seed Python, NumPy and PyTorch, and return a generator on `device` with the same seed for draws that must repeat."""
+    """Seed Python, NumPy and PyTorch, and return a generator on `device` with the same seed for
+    draws that must repeat.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 — for libraries that draw from the global generator
     torch.manual_seed(seed)
@@ -66,16 +78,21 @@ def seed_everything(seed: int, device: torch.device | str = "cpu") -> torch.Gene
 
 
 def autocast(device: torch.device | str):
-    """bfloat16 autocast where the hardware multiplies it faster than float32, else nothing. `DDPM_FLOAT32=1` turns it off.
+    """bfloat16 autocast where the hardware multiplies it faster than float32, else nothing.
 
-    That is NVIDIA from compute capability 8 on, and CPUs with AVX512-BF16 or AMX (Zen 4, Sapphire Rapids and newer).
+    `DDPM_FLOAT32=1` turns it off.
+
+    That is NVIDIA from compute capability 8 on, and CPUs with AVX512-BF16 or AMX (Zen 4, Sapphire
+    Rapids and newer).
     """
     device = torch.device(device)
     if _is_on("DDPM_FLOAT32"):
         return contextlib.nullcontext()
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
         return torch.autocast("cuda", dtype=torch.bfloat16)
-    if device.type == "cpu" and any(_cpu_features().get(name) for name in ("avx512_bf16", "amx_bf16")):
+    if device.type == "cpu" and any(
+        _cpu_features().get(name) for name in ("avx512_bf16", "amx_bf16")
+    ):
         return torch.autocast("cpu", dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
@@ -83,14 +100,19 @@ def autocast(device: torch.device | str):
 def capability(device: torch.device | str) -> tuple[int, int] | None:
     """The compute capability of an NVIDIA GPU, such as (7, 5) for a T4; None on other devices."""
     device = torch.device(device)
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
+    return (
+        torch.cuda.get_device_capability(device)
+        if device.type == "cuda" and torch.cuda.is_available()
+        else None
+    )
 
 
 def place(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Module:
     """Move `model` to `device`, its convolutions in the memory layout that is fast there.
 
-    channels_last on a CPU, and on an NVIDIA GPU that trains in bfloat16, whose tensor cores want it. Elsewhere the default
-    layout: on Apple's GPUs, wrong gradients with channels_last have been reported.
+    channels_last on a CPU, and on an NVIDIA GPU that trains in bfloat16, whose tensor cores want
+    it. Elsewhere the default layout: on Apple's GPUs, wrong gradients with channels_last have been
+    reported.
     """
     device = torch.device(device)
     last = device.type == "cpu" or (capability(device) or (0, 0)) >= (8, 0)
@@ -107,7 +129,9 @@ def _named_folder(variable: str) -> Path | None:
     try:
         return ROOT / Path(value).expanduser() if value else None
     except RuntimeError as error:  # a home directory that does not exist
-        raise ValueError(f"{variable}={value!r} names no folder: write out the part with ~") from error
+        raise ValueError(
+            f"{variable}={value!r} names no folder: write out the part with ~"
+        ) from error
 
 
 def data_dir_override() -> Path | None:
@@ -116,7 +140,10 @@ def data_dir_override() -> Path | None:
 
 
 def data_dir() -> Path:
-    """The folder for downloaded data: `data/` in a checkout, else the user's cache. Not created here."""
+    """The folder for downloaded data: `data/` in a checkout, else the user's cache.
+
+    Not created here.
+    """
     if IN_CHECKOUT:
         return ROOT / "data"
     import platformdirs  # needed by installed copies alone
@@ -125,7 +152,10 @@ def data_dir() -> Path:
 
 
 def output_path(*parts: str) -> Path:
-    """`outputs/` (or the folder named by `DDPM_OUTPUT_DIR`) with `parts` below it. Not created here."""
+    """`outputs/` (or the folder named by `DDPM_OUTPUT_DIR`) with `parts` below it.
+
+    Not created here.
+    """
     return (_named_folder("DDPM_OUTPUT_DIR") or ROOT / "outputs").joinpath(*parts)
 
 
@@ -135,7 +165,9 @@ def output_dir(*parts: str) -> Path:
 
 
 def checkpoint_dir(*parts: str) -> Path:
-    """`checkpoints/` (or the folder named by `DDPM_CHECKPOINT_DIR`) with `parts` below it. Not created here.
+    """`checkpoints/` (or the folder named by `DDPM_CHECKPOINT_DIR`) with `parts` below it.
+
+    Not created here.
 
     In fast mode a folder `fast` comes in between, since weights of that mode are of no use.
     """
@@ -149,7 +181,8 @@ def _checkpoint_base() -> Path:
 def make_folder(folder: Path | str) -> Path:
     """Create `folder` with its parents, and see that a file can be written into it.
 
-    Raises the OSError that the system raised, with a message that names the folder, the reason and what to do.
+    Raises the OSError that the system raised, with a message that names the folder, the reason and
+    what to do.
     """
     folder = Path(folder)
     try:
@@ -161,10 +194,15 @@ def make_folder(folder: Path | str) -> Path:
 
 
 def check_folder(folder: Path | str) -> None:
-    """See that `folder`, or the nearest parent that exists, can be written to. Leaves nothing behind; raises as `make_folder`."""
+    """See that `folder`, or the nearest parent that exists, can be written to.
+
+    Leaves nothing behind; raises as `make_folder`.
+    """
     folder = Path(folder)
     try:
-        _write_one_byte(next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path)))
+        _write_one_byte(
+            next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        )
     except OSError as error:
         raise _cannot_write(folder, error) from None
 
@@ -176,7 +214,9 @@ def _write_one_byte(folder: Path) -> None:
 
 
 def _cannot_write(folder: Path, error: OSError) -> OSError:
-    obstacles = [path for path in (folder, *folder.parents) if os.path.lexists(path) and not path.is_dir()]
+    obstacles = [
+        path for path in (folder, *folder.parents) if os.path.lexists(path) and not path.is_dir()
+    ]
     reason = f"{obstacles[0]} is no folder" if obstacles else error.strerror or error
     writable = "to a folder that you can write to"
     cures = {
@@ -191,7 +231,10 @@ def _cannot_write(folder: Path, error: OSError) -> OSError:
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes free on `device`. Only Linux tells how much main memory is free; elsewhere 4 GiB are assumed."""
+    """Bytes free on `device`.
+
+    Only Linux tells how much main memory is free; elsewhere 4 GiB are assumed.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -203,10 +246,12 @@ def free_memory(device: torch.device | str = "cpu") -> int:
 def short_path(path: Path | str) -> str:
     """`path` in a form that is fit to print in a shared notebook.
 
-    That is relative to the root where it lies inside it, from `~` in an installed copy's cache, else its last two parts.
+    That is relative to the root where it lies inside it, from `~` in an installed copy's cache,
+    else its last two parts.
     """
     path = Path(path).absolute()
-    for form in (Path(os.path.normpath(path)), path.resolve()):  # `data/` may be a link to another disk
+    # `data/` may be a link to another disk
+    for form in (Path(os.path.normpath(path)), path.resolve()):
         if form.is_relative_to(ROOT):
             return form.relative_to(ROOT).as_posix()
     if not IN_CHECKOUT and path.is_relative_to(data_dir()):
@@ -220,22 +265,33 @@ def hardware(device: torch.device | str) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return "Apple GPU" if device.type == "mps" else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return (
+        "Apple GPU"
+        if device.type == "mps"
+        else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    )
 
 
-# In a notebook: the state of every random generator before a cell ran for the first time, by the cell's text.
+# In a notebook: the state of every random generator before a cell ran for the first time, by the
+# cell's text.
 _BEFORE_CELL: dict[str, dict] = {}
 
 
 def _random_states(names: dict) -> dict:
-    """The states of the global generators, and of every `torch.Generator` among a notebook's `names`."""
+    """The states of the global generators, and of every `torch.Generator` among a notebook's
+    `names`.
+    """
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),  # noqa: NPY002 — some library may draw from it
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-        "own": {name: value.get_state() for name, value in names.items() if isinstance(value, torch.Generator)},
+        "own": {
+            name: value.get_state()
+            for name, value in names.items()
+            if isinstance(value, torch.Generator)
+        },
     }
 
 
@@ -253,7 +309,9 @@ def _set_random_states(states: dict, names: dict) -> None:
 
 
 def _before_cell(info) -> None:
-    """Give a cell that runs again the random states of its first time, so that it draws the same numbers."""
+    """Give a cell that runs again the random states of its first time, so that it draws the same
+    numbers.
+    """
     names = sys.modules["IPython"].get_ipython().user_ns
     if info.raw_cell in _BEFORE_CELL:
         _set_random_states(_BEFORE_CELL[info.raw_cell], names)
@@ -262,7 +320,8 @@ def _before_cell(info) -> None:
 
 
 def start(seed: int, device: str | None = None) -> tuple[torch.device, torch.Generator]:
-    """First call of a lesson: pick the device, seed everything, say both in one line, and warn if fast mode is on.
+    """First call of a lesson: pick the device, seed everything, say both in one line, and warn if
+    fast mode is on.
 
     From here on, a notebook cell that is run again draws the same random numbers as the first time.
     """
@@ -275,6 +334,7 @@ def start(seed: int, device: str | None = None) -> tuple[torch.device, torch.Gen
     print(f"device: {hardware(chosen)} · torch {torch.__version__.split('+')[0]} · seed {seed}")
     if is_fast():
         print(
-            "FAST MODE (DDPM_FAST=1): every size is shrunk to finish in seconds. Images and figures below mean nothing."
+            "FAST MODE (DDPM_FAST=1): every size is shrunk to finish in seconds. Images and "
+            "figures below mean nothing."
         )
     return chosen, rng

@@ -1,6 +1,8 @@
-"""Samplers: generators that yield every state on the way from noise to image, and functions that keep some of them.
+"""Samplers: generators that yield every state on the way from noise to image, and functions that
+keep some of them.
 
-They take a denoiser, denoise(x_t, t, y=None) → x0_hat (see `diffusion`), and know nothing of networks and what they predict.
+They take a denoiser, denoise(x_t, t, y=None) → x0_hat (see `diffusion`), and know nothing of
+networks and what they predict.
 """
 
 from collections import deque
@@ -23,9 +25,10 @@ def ddpm_sample(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Ancestral sampling, DDPM Algorithm 2, from x_T ~ N(0, I) of the given shape (B, C, H, W).
 
-    Yields (t, x_t, x0_hat) for t = T−1 … 0, x0_hat being the clean image estimated from x_t, then (−1, x0, x0): T + 1 triples.
-    A network inside `denoise` is in eval mode meanwhile; the averaged one (EMA) draws the best images. The same generator seed
-    gives the same images on the same device.
+    Yields (t, x_t, x0_hat) for t = T−1 … 0, x0_hat being the clean image estimated from x_t, then
+    (−1, x0, x0): T + 1 triples. A network inside `denoise` is in eval mode meanwhile; the averaged
+    one (EMA) draws the best images. The same generator seed gives the same images on the same
+    device.
     """
     device = schedule.betas.device
     with eval_mode(denoise):
@@ -39,14 +42,19 @@ def ddpm_sample(
 
 
 def spaced_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "uniform") -> list[int]:
-    """`steps` of the times 0 … T−1, descending, from T−1 to 0 (one step: T−1 alone); where two would coincide, one moves on.
+    """`steps` of the times 0 … T−1, descending, from T−1 to 0 (one step: T−1 alone); where two
+    would coincide, one moves on.
 
-    "uniform" in t; "quadratic" (DDIM, 2010.02502, appendix D.2), denser towards 0; "log_snr", even in the logarithm of the
-    signal-to-noise ratio (DPM-Solver, 2206.00927). Raises ValueError unless 1 ≤ steps ≤ T.
+    "uniform" in t; "quadratic" (DDIM, 2010.02502, appendix D.2), denser towards 0; "log_snr", even
+    in the logarithm of the signal-to-noise ratio (DPM-Solver, 2206.00927). Raises ValueError unless
+    1 ≤ steps ≤ T.
     """
     last = len(schedule) - 1
     if not 1 <= steps <= last + 1:
-        raise ValueError(f"steps={steps} is outside 1 … {last + 1}: a schedule of T={last + 1} has no other times")
+        raise ValueError(
+            f"steps={steps} is outside 1 … {last + 1}: a schedule of T={last + 1} has no other "
+            "times"
+        )
     share = 1 - torch.linspace(0, 1, steps, dtype=torch.float64)  # of the way up, descending
     if spacing == "uniform":
         times = last * share
@@ -57,7 +65,9 @@ def spaced_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "unifor
         wanted = log_snr[0] + (log_snr[last] - log_snr[0]) * share
         times = (log_snr - wanted[:, None]).abs().argmin(dim=1).double()
     else:
-        raise ValueError(f"spacing={spacing!r} is not known: choose 'uniform', 'quadratic' or 'log_snr'")
+        raise ValueError(
+            f"spacing={spacing!r} is not known: choose 'uniform', 'quadratic' or 'log_snr'"
+        )
     i = torch.arange(steps)
     rising = (times.round().long().flip(0) - i).cummax(dim=0).values + i
     return rising.minimum(i + last + 1 - steps).flip(0).tolist()
@@ -72,10 +82,12 @@ def ddim_step(
     eta: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """From x_t at t to any other time t_next (DDIM, 2010.02502, Eq. 12); t_next = −1 is the finished image.
+    """From x_t at t to any other time t_next (DDIM, 2010.02502, Eq. 12); t_next = −1 is the
+    finished image.
 
-    x_next = √ᾱ_next·x0_hat + √(1 − ᾱ_next − σ²)·eps_hat + σ·noise. eta = 0 adds no noise, and alone may lead to a later time;
-    eta = 1 over all T steps is DDPM. x_t, x0_hat: (B, …); t, t_next: (B,) long.
+    x_next = √ᾱ_next·x0_hat + √(1 − ᾱ_next − σ²)·eps_hat + σ·noise. eta = 0 adds no noise, and alone
+    may lead to a later time; eta = 1 over all T steps is DDPM. x_t, x0_hat: (B, …); t, t_next: (B,)
+    long.
     """
     alpha_bar_t = at(schedule.alpha_bars, t, x_t)
     last = (t_next < 0).view(alpha_bar_t.shape)
@@ -84,8 +96,12 @@ def ddim_step(
     if eta == 0:
         return alpha_bar_next.sqrt() * x0_hat + (1 - alpha_bar_next).sqrt() * eps_hat
     sigma2 = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_next)
-    x_next = alpha_bar_next.sqrt() * x0_hat + (1 - alpha_bar_next - sigma2).clamp(min=0).sqrt() * eps_hat
-    return x_next + sigma2.sqrt() * torch.randn(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
+    x_next = (
+        alpha_bar_next.sqrt() * x0_hat + (1 - alpha_bar_next - sigma2).clamp(min=0).sqrt() * eps_hat
+    )
+    return x_next + sigma2.sqrt() * torch.randn(
+        x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype
+    )
 
 
 def multistep_guess(
@@ -96,13 +112,16 @@ def multistep_guess(
     x0_before: Tensor,
     x0_hat: Tensor,
 ) -> Tensor:
-    """The guess half-way from t to t_next, on the line through those at t_before and t (DPM-Solver++ 2M, 2211.01095, Alg. 2).
+    """The guess half-way from t to t_next, on the line through those at t_before and t
+    (DPM-Solver++ 2M, 2211.01095, Alg. 2).
 
-    Half-way in λ = ½·ln(ᾱ / (1 − ᾱ)): x0_hat + (λ_next − λ_t) / (2·(λ_t − λ_before)) · (x0_hat − x0_before). At t_next = −1,
-    where λ is infinite, x0_hat itself.
+    Half-way in λ = ½·ln(ᾱ / (1 − ᾱ)): x0_hat + (λ_next − λ_t) / (2·(λ_t − λ_before)) · (x0_hat −
+    x0_before). At t_next = −1, where λ is infinite, x0_hat itself.
     """
     half_log_snr = schedule.snr().log() / 2
-    lam_before, lam_t, lam_next = (at(half_log_snr, s.clamp(min=0), x0_hat) for s in (t_before, t, t_next))
+    lam_before, lam_t, lam_next = (
+        at(half_log_snr, s.clamp(min=0), x0_hat) for s in (t_before, t, t_next)
+    )
     share = (lam_next - lam_t) / (2 * (lam_t - lam_before))
     last = (t_next < 0).view(share.shape)
     return x0_hat + share.masked_fill(last, 0.0) * (x0_hat - x0_before)
@@ -119,10 +138,12 @@ def ddim_sample(
     start: Tensor | None = None,
     order: int = 1,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Sampling with few calls of `denoise` (DDIM, 2010.02502, Eq. 12), from x_T ~ N(0, I) of `shape`, or from `start`.
+    """Sampling with few calls of `denoise` (DDIM, 2010.02502, Eq. 12), from x_T ~ N(0, I) of
+    `shape`, or from `start`.
 
-    `steps`: how many, spread evenly over 0 … T−1, or the times themselves, descending. `order` 2 adds the line that turns DDIM
-    into DPM-Solver++ 2M, see `dpm_solver_sample`. Yields (t, x_t, x0_hat) at each time, then (−1, x0, x0).
+    `steps`: how many, spread evenly over 0 … T−1, or the times themselves, descending. `order` 2
+    adds the line that turns DDIM into DPM-Solver++ 2M, see `dpm_solver_sample`. Yields (t, x_t,
+    x0_hat) at each time, then (−1, x0, x0).
     """
     device, times = schedule.betas.device, check_times(schedule, steps)
     before = None  # the time and the x0_hat of the step before
@@ -151,10 +172,13 @@ def dpm_solver_sample(
     y: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Second-order sampling without noise: DPM-Solver++ 2M (2211.01095, Algorithm 2). Arguments and results as in `ddim_sample`.
+    """Second-order sampling without noise: DPM-Solver++ 2M (2211.01095, Algorithm 2).
 
-    A DDIM step, but with the guess half-way through the step, extrapolated from the last two guesses. The first and the last
-    step are DDIM's own. A number of `steps` is spread evenly in the log-SNR, where the solver is at its best.
+    Arguments and results as in `ddim_sample`.
+
+    A DDIM step, but with the guess half-way through the step, extrapolated from the last two
+    guesses. The first and the last step are DDIM's own. A number of `steps` is spread evenly in the
+    log-SNR, where the solver is at its best.
     """
     times = spaced_timesteps(schedule, steps, "log_snr") if isinstance(steps, int) else steps
     return ddim_sample(denoise, schedule, shape, times, 0.0, generator, y, start, order=2)
@@ -167,11 +191,12 @@ def ddim_encode(
     steps: int | Sequence[int] = 50,
     y: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The way up: DDIM's steps without noise, taken from images x0 (B, C, H, W) to the noise they come from (section 4.3).
+    """The way up: DDIM's steps without noise, taken from images x0 (B, C, H, W) to the noise they
+    come from (section 4.3).
 
-    Yields (t, x_t, x0_hat) at each time, ascending; the last x_t is the noise, from which `ddim_sample` with the same `steps`
-    comes back. The image is taken for the state at the first time. Use a `Denoiser` with clamp=False: a clamped step cannot be
-    undone.
+    Yields (t, x_t, x0_hat) at each time, ascending; the last x_t is the noise, from which
+    `ddim_sample` with the same `steps` comes back. The image is taken for the state at the first
+    time. Use a `Denoiser` with clamp=False: a clamped step cannot be undone.
     """
     device, times = schedule.betas.device, check_times(schedule, steps)[::-1]
     with eval_mode(denoise):
@@ -185,17 +210,21 @@ def ddim_encode(
 
 
 class Guided(nn.Module):
-    """Classifier-free guidance (2207.12598, Eq. 6) around a network with labels: model(x_t, t, y=None), for a `Denoiser`.
+    """Classifier-free guidance (2207.12598, Eq. 6) around a network with labels: model(x_t, t,
+    y=None), for a `Denoiser`.
 
-    answer = free + scale · (named − free), the network's answers without and with the label y. 0 ignores the label, 1 is the
-    network as it is, more exaggerates what the label changes; the paper's w is scale − 1. Both answers come from one call on
-    twice the batch. Without y, or at scale 1, the network answers alone.
+    answer = free + scale · (named − free), the network's answers without and with the label y. 0
+    ignores the label, 1 is the network as it is, more exaggerates what the label changes; the
+    paper's w is scale − 1. Both answers come from one call on twice the batch. Without y, or at
+    scale 1, the network answers alone.
     """
 
     def __init__(self, model: nn.Module, scale: float):
         super().__init__()
         if not model.num_classes:
-            raise ValueError("this network was built with num_classes=0: there is no label to be guided by")
+            raise ValueError(
+                "this network was built with num_classes=0: there is no label to be guided by"
+            )
         self.model, self.scale = model, scale
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
@@ -208,14 +237,18 @@ class Guided(nn.Module):
 
 
 def check_times(schedule: NoiseSchedule, steps: int | Sequence[int]) -> list[int]:
-    """The times at which a sampler calls the network, descending. ValueError unless they fall strictly and lie in 0 … T−1."""
+    """The times at which a sampler calls the network, descending.
+
+    ValueError unless they fall strictly and lie in 0 … T−1.
+    """
     if isinstance(steps, int):
         return spaced_timesteps(schedule, steps)
     times = [int(t) for t in steps]
     falling = all(a > b for a, b in zip(times[:-1], times[1:], strict=True))
     if not times or not falling or times[0] >= len(schedule) or times[-1] < 0:
         raise ValueError(
-            f"the times {times} must fall from at most {len(schedule) - 1} to at least 0: see spaced_timesteps"
+            f"the times {times} must fall from at most {len(schedule) - 1} to at least 0: see "
+            "spaced_timesteps"
         )
     return times
 
@@ -226,6 +259,8 @@ def last(states: Iterator[tuple[int, Tensor, Tensor]]) -> Tensor:
 
 
 def keep(states: Iterator[tuple[int, Tensor, Tensor]], wanted) -> dict[int, tuple[Tensor, Tensor]]:
-    """Run a sampler to its end and return {t: (x_t, x0_hat)} for the wanted t and always for −1, on the CPU."""
+    """Run a sampler to its end and return {t: (x_t, x0_hat)} for the wanted t and always for −1, on
+    the CPU.
+    """
     wanted = {int(t) for t in wanted} | {-1}
     return {t: (x_t.cpu(), x0_hat.cpu()) for t, x_t, x0_hat in states if t in wanted}

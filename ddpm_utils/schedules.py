@@ -1,4 +1,7 @@
-"""How much noise each step adds. DDPM (arXiv 2006.11239) section 4; Improved DDPM (arXiv 2102.09672) Eq. 17."""
+"""How much noise each step adds.
+
+DDPM (arXiv 2006.11239) section 4; Improved DDPM (arXiv 2102.09672) Eq. 17.
+"""
 
 import math
 import warnings
@@ -8,21 +11,28 @@ from torch import Tensor
 
 
 def linear_betas(timesteps: int, scale: float = 1.0) -> Tensor:
-    """The linear schedule of DDPM, section 4: beta rises evenly from 1e-4 to 0.02, both times `scale`.
+    """The linear schedule of DDPM, section 4: beta rises evenly from 1e-4 to 0.02, both times
+    `scale`.
 
-    The two ends were chosen for T = 1000. For another T, `scale = 1000 / T` keeps the total amount of noise.
-    Returns a float64 tensor of shape (timesteps,). Raises ValueError if a beta would leave (0, 1).
+    The two ends were chosen for T = 1000. For another T, `scale = 1000 / T` keeps the total amount
+    of noise. Returns a float64 tensor of shape (timesteps,). Raises ValueError if a beta would
+    leave (0, 1).
     """
     check_count(timesteps)
     if not 0 < 0.02 * scale < 1:
-        raise ValueError(f"scale={scale} makes the last beta {0.02 * scale:g}, outside (0, 1): keep scale below 50")
+        raise ValueError(
+            f"scale={scale} makes the last beta {0.02 * scale:g}, outside (0, 1): keep scale "
+            "below 50"
+        )
     return torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64)
 
 
 def cosine_betas(timesteps: int, s: float = 0.008) -> Tensor:
-    """The cosine schedule of Improved DDPM, Eq. 17: alpha_bar(u) = cos²(π/2 · (u + s) / (1 + s)), u = t / T in [0, 1].
+    """The cosine schedule of Improved DDPM, Eq. 17: alpha_bar(u) = cos²(π/2 · (u + s) / (1 + s)), u
+    = t / T in [0, 1].
 
-    Each beta is what takes alpha_bar from one step to the next, at most 0.999. Returns a float64 tensor of shape (timesteps,).
+    Each beta is what takes alpha_bar from one step to the next, at most 0.999. Returns a float64
+    tensor of shape (timesteps,).
     """
     check_count(timesteps)
     u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
@@ -31,11 +41,12 @@ def cosine_betas(timesteps: int, s: float = 0.008) -> Tensor:
 
 
 class NoiseSchedule:
-    """Three vectors of length T, indexed by t = 0 … T−1 (the paper's t is ours + 1): betas, alphas, alpha_bars.
+    """Three vectors of length T, indexed by t = 0 … T−1 (the paper's t is ours + 1): betas, alphas,
+    alpha_bars.
 
-    alpha_t = 1 − beta_t, and alpha_bar_t is the product of all alphas up to and including t (DDPM, below Eq. 4).
-    Computed in float64, kept in float32. Raises ValueError on betas that are not a vector inside (0, 1).
-    Warns if alpha_bars[-1] leaves signal that the eye can see in x_T.
+    alpha_t = 1 − beta_t, and alpha_bar_t is the product of all alphas up to and including t (DDPM,
+    below Eq. 4). Computed in float64, kept in float32. Raises ValueError on betas that are not a
+    vector inside (0, 1). Warns if alpha_bars[-1] leaves signal that the eye can see in x_T.
     """
 
     def __init__(self, betas: Tensor):
@@ -50,16 +61,23 @@ class NoiseSchedule:
 
     def to(self, device) -> "NoiseSchedule":
         """Move the three vectors, in place as `nn.Module.to` does, and return self."""
-        self.betas, self.alphas, self.alpha_bars = (v.to(device) for v in (self.betas, self.alphas, self.alpha_bars))
+        self.betas, self.alphas, self.alpha_bars = (
+            v.to(device) for v in (self.betas, self.alphas, self.alpha_bars)
+        )
         return self
 
     def snr(self) -> Tensor:
-        """Signal-to-noise ratio of each step, alpha_bar / (1 − alpha_bar) (VDM, arXiv 2107.00630, Eq. 2)."""
+        """Signal-to-noise ratio of each step, alpha_bar / (1 − alpha_bar) (VDM, arXiv 2107.00630,
+        Eq. 2).
+        """
         return self.alpha_bars / (1 - self.alpha_bars)
 
 
 def make_schedule(name: str, timesteps: int, scale: float = 1.0) -> NoiseSchedule:
-    """The schedule called `name` ("linear" or "cosine"). `scale` multiplies the linear betas; the cosine needs none."""
+    """The schedule called `name` ("linear" or "cosine").
+
+    `scale` multiplies the linear betas; the cosine needs none.
+    """
     if name == "linear":
         return NoiseSchedule(linear_betas(timesteps, scale))
     if name == "cosine":
@@ -70,35 +88,50 @@ def make_schedule(name: str, timesteps: int, scale: float = 1.0) -> NoiseSchedul
 def check_count(timesteps: int) -> None:
     """Raise ValueError unless `timesteps` is a whole number of at least 1."""
     if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
-        raise ValueError(f"timesteps={timesteps!r} must be a whole number of at least 1, such as 1000")
+        raise ValueError(
+            f"timesteps={timesteps!r} must be a whole number of at least 1, such as 1000"
+        )
 
 
 def check_betas(betas: Tensor) -> Tensor:
-    """`betas` as float64 on the CPU; ValueError unless it is a non-empty vector with every value strictly between 0 and 1."""
+    """`betas` as float64 on the CPU; ValueError unless it is a non-empty vector with every value
+    strictly between 0 and 1.
+    """
     betas = betas.cpu() if isinstance(betas, Tensor) else betas  # not every device knows float64
     betas = torch.as_tensor(betas, dtype=torch.float64)
     if betas.ndim != 1 or len(betas) == 0:
-        raise ValueError(f"betas must be a vector of at least one number, got shape {tuple(betas.shape)}")
+        raise ValueError(
+            f"betas must be a vector of at least one number, got shape {tuple(betas.shape)}"
+        )
     bad = (~((betas > 0) & (betas < 1))).nonzero()
     if len(bad):
         i = int(bad[0])
         raise ValueError(
-            f"betas[{i}]={betas[i].item():g} is outside (0, 1): a step may remove some of the picture, not none or all"
+            f"betas[{i}]={betas[i].item():g} is outside (0, 1): a step may remove some of the "
+            "picture, not none or all"
         )
     return betas
 
 
 def warn_if_signal_remains(betas: Tensor, alpha_bars: Tensor, visible: float = 0.05) -> None:
-    """Warn if x_T still holds more than `visible` times the picture: sampling starts from pure noise and would not match."""
+    """Warn if x_T still holds more than `visible` times the picture: sampling starts from pure
+    noise and would not match.
+    """
     left = alpha_bars[-1].sqrt().item()
     if left <= visible:
         return
-    # log alpha_bar is nearly linear in the betas, so this factor brings it to DDPM's own end point, 4.0e-5.
+    # log alpha_bar is nearly linear in the betas, so this factor brings it to DDPM's own end point,
+    # 4.0e-5.
     factor = math.log(4.0e-5) / min(alpha_bars[-1].log().item(), -1e-12)
     short = factor * betas.max().item() >= 0.99  # so few steps that a beta would reach 1
-    advice = "Take more timesteps" if short else f"Multiply the betas by about {factor:.3g}, or take more timesteps"
+    advice = (
+        "Take more timesteps"
+        if short
+        else f"Multiply the betas by about {factor:.3g}, or take more timesteps"
+    )
     warnings.warn(
-        f"the last step still holds {left:.2f} of the picture (alpha_bars[-1]={alpha_bars[-1].item():.3g}), but sampling starts "
+        f"the last step still holds {left:.2f} of the picture "
+        f"(alpha_bars[-1]={alpha_bars[-1].item():.3g}), but sampling starts "
         f"from pure noise. {advice}.",
         stacklevel=3,
     )
@@ -107,12 +140,13 @@ def warn_if_signal_remains(betas: Tensor, alpha_bars: Tensor, visible: float = 0
 def check_timesteps(t: Tensor, timesteps: int) -> None:
     """Raise ValueError unless `t` holds whole numbers in 0 … T−1.
 
-    The range is read on the CPU only: on a GPU it would stop the stream at every step, and indexing there raises by itself
-    for t ≥ T (a negative t counts from the end, as everywhere in PyTorch).
+    The range is read on the CPU only: on a GPU it would stop the stream at every step, and indexing
+    there raises by itself for t ≥ T (a negative t counts from the end, as everywhere in PyTorch).
     """
     if t.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"t has dtype {t.dtype}: timesteps are whole numbers, use torch.long")
     if t.device.type == "cpu" and t.numel() and (t.min() < 0 or t.max() >= timesteps):
         raise ValueError(
-            f"t holds {t.min().item()} … {t.max().item()}, but this schedule has steps 0 … {timesteps - 1}"
+            f"t holds {t.min().item()} … {t.max().item()}, but this schedule has steps 0 … "
+            f"{timesteps - 1}"
         )

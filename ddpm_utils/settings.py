@@ -1,4 +1,6 @@
-"""Checks of the values in a lesson's config cell, made where they are set. Each raises ValueError on a bad value.
+"""Checks of the values in a lesson's config cell, made where they are set.
+
+Each raises ValueError on a bad value.
 
 The message names the setting and its value, says what was expected, and gives a value to try.
 """
@@ -16,8 +18,11 @@ def one_of(name: str, value, options: Iterable) -> None:
         raise ValueError(f"{name}={value!r} is not known: choose one of {choices}")
 
 
-def within(name: str, value, low: Real, high: Real, multiple_of: int = 1, or_none: bool = False) -> None:
-    """`value` is a number in `low` … `high`, a whole one if `low` is; with `or_none` it may be None.
+def within(
+    name: str, value, low: Real, high: Real, multiple_of: int = 1, or_none: bool = False
+) -> None:
+    """`value` is a number in `low` … `high`, a whole one if `low` is; with `or_none` it may be
+    None.
 
     A whole number must be a multiple of `multiple_of` as well. Text, bools and NaN are no numbers.
     """
@@ -27,7 +32,13 @@ def within(name: str, value, low: Real, high: Real, multiple_of: int = 1, or_non
     is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if is_number and low <= value <= high and not (whole and value % multiple_of):  # NaN fails this
         return
-    kind = f"a multiple of {multiple_of}" if multiple_of > 1 else "a whole number" if whole else "a number"
+    kind = (
+        f"a multiple of {multiple_of}"
+        if multiple_of > 1
+        else "a whole number"
+        if whole
+        else "a number"
+    )
     none = " or None" if or_none else ""
     nearest = _nearest(value, low, high, multiple_of) if whole else [_clamp(value, low, high)]
     advice = " or ".join(map(str, nearest))
@@ -35,7 +46,9 @@ def within(name: str, value, low: Real, high: Real, multiple_of: int = 1, or_non
 
 
 def widths(name: str, value, least: int, most: int, or_none: bool = False) -> None:
-    """`value` is a tuple of `least` … `most` whole numbers, each a positive multiple of 4; with `or_none` it may be None."""
+    """`value` is a tuple of `least` … `most` whole numbers, each a positive multiple of 4; with
+    `or_none` it may be None.
+    """
     if or_none and value is None:
         return
     good = isinstance(value, tuple | list) and least <= len(value) <= most
@@ -43,7 +56,8 @@ def widths(name: str, value, least: int, most: int, or_none: bool = False) -> No
         levels = f"{least}" if least == most else f"{least} to {most}"
         none = " or None" if or_none else ""
         raise ValueError(
-            f"{name}={value!r} must be {levels} widths, each a multiple of 4{none}: try {(48, 64, 96, 128)[:least]}"
+            f"{name}={value!r} must be {levels} widths, each a multiple of 4{none}: try "
+            f"{(48, 64, 96, 128)[:least]}"
         )
 
 
@@ -57,4 +71,6 @@ def _nearest(value, low: int, high: int, multiple_of: int) -> list[int]:
     """The multiples in `low` … `high` next to `value`, on both sides of it where both exist."""
     steps = _clamp(value, low, high) / multiple_of
     lowest, highest = -(-low // multiple_of), high // multiple_of
-    return sorted({_clamp(round_(steps), lowest, highest) * multiple_of for round_ in (math.floor, math.ceil)})
+    return sorted(
+        {_clamp(round_(steps), lowest, highest) * multiple_of for round_ in (math.floor, math.ceil)}
+    )

@@ -1,4 +1,6 @@
-"""The training step, the average of the weights, the plain training loop, and the losses that judge it."""
+"""The training step, the average of the weights, the plain training loop, and the losses that judge
+it.
+"""
 
 import copy
 import functools
@@ -15,7 +17,8 @@ from .diffusion import diffusion_loss, eval_mode, q_sample, training_target
 from .optimizer import make_optimizer
 from .schedules import NoiseSchedule, make_schedule
 
-READ_EVERY = 50  # steps after which a GPU, which runs behind its host, is waited for to look at the losses
+# steps after which a GPU, which runs behind its host, is waited for to look at the losses
+READ_EVERY = 50
 
 
 def sample_timesteps(
@@ -25,21 +28,28 @@ def sample_timesteps(
     device="cpu",
     middle: bool = False,
 ) -> Tensor:
-    """n timesteps, one from each n-th part of 0 … T−1 (VDM, 2107.00630, I.1): each uniform, or with `middle` on a hill.
+    """n timesteps, one from each n-th part of 0 … T−1 (VDM, 2107.00630, I.1): each uniform, or with
+    `middle` on a hill.
 
-    Spreading a batch evenly leaves the expected loss of Algorithm 1 as it is and takes most of the variance out of its value.
-    On the hill, s = t/T has the density 6·s·(1 − s), which weights the loss (as 2403.03206, 3.1): better images sooner.
+    Spreading a batch evenly leaves the expected loss of Algorithm 1 as it is and takes most of the
+    variance out of its value. On the hill, s = t/T has the density 6·s·(1 − s), which weights the
+    loss (as 2403.03206, 3.1): better images sooner.
     """
     u = torch.rand(n, generator=generator, device=device)
     part = torch.randperm(n, generator=generator, device=device)
     s = (part + u) / n
     if middle:
-        s = 0.5 - (torch.asin(1 - 2 * s) / 3).sin()  # where 3s² − 2s³, the share of times below s, is what it was
+        # where 3s² − 2s³, the share of times below s, is what it was
+        s = 0.5 - (torch.asin(1 - 2 * s) / 3).sin()
     return (s * timesteps).long().clamp(max=timesteps - 1)
 
 
-def drop_labels(y: Tensor, share: float, none: int, generator: torch.Generator | None = None) -> Tensor:
-    """Labels y (B,), each replaced by `none` with probability `share` (2207.12598, Algorithm 1), independent of the others."""
+def drop_labels(
+    y: Tensor, share: float, none: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Labels y (B,), each replaced by `none` with probability `share` (2207.12598, Algorithm 1),
+    independent of the others.
+    """
     dropped = torch.rand(y.shape, generator=generator, device=y.device) < share
     return y.masked_fill(dropped, none)
 
@@ -55,7 +65,9 @@ def train_step(
     grad_clip: float = 1.0,
     y: Tensor | None = None,
 ) -> Tensor:
-    """One pass through DDPM Algorithm 1, lines 2–5: loss, gradient (clipped to norm `grad_clip`), step. Returns the loss."""
+    """One pass through DDPM Algorithm 1, lines 2–5: loss, gradient (clipped to norm `grad_clip`),
+    step. Returns the loss.
+    """
     with runtime.autocast(x0.device):
         loss = diffusion_loss(model, schedule, x0, t, eps, target, y)
     optimizer.zero_grad()
@@ -66,9 +78,11 @@ def train_step(
 
 
 class EMA:
-    """An average of the weights over the steps: θ_ema ← d·θ_ema + (1 − d)·θ, d = min(decay, (1 + n) / (10 + n)) at update n.
+    """An average of the weights over the steps: θ_ema ← d·θ_ema + (1 − d)·θ, d = min(decay, (1 + n)
+    / (10 + n)) at update n.
 
-    The ramp keeps a short run from averaging in its random start. `model` is the averaged network, always in eval mode.
+    The ramp keeps a short run from averaging in its random start. `model` is the averaged network,
+    always in eval mode.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999):
@@ -84,7 +98,9 @@ class EMA:
 
 
 def learning_rate(step: int, total: int, cfg: TrainConfig) -> float:
-    """The rate at `step` = 0 … total−1: a linear rise over `warmup_steps`, `lr`, then a linear fall to `lr_floor · lr`."""
+    """The rate at `step` = 0 … total−1: a linear rise over `warmup_steps`, `lr`, then a linear fall
+    to `lr_floor · lr`.
+    """
     rise = (step + 1) / max(1, min(cfg.warmup_steps, total // 4))
     start = cfg.decay_from * total
     fall = 1 - (1 - cfg.lr_floor) * max(0.0, step - start) / max(1.0, total - start)
@@ -92,12 +108,16 @@ def learning_rate(step: int, total: int, cfg: TrainConfig) -> float:
 
 
 def step_generator(seed: int, step: int, device="cpu") -> torch.Generator:
-    """A generator that depends on nothing but seed and step, so that a resumed run draws what the whole run would have drawn."""
+    """A generator that depends on nothing but seed and step, so that a resumed run draws what the
+    whole run would have drawn.
+    """
     return torch.Generator(device=device).manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
 def batch_indices(n_images: int, step: int, cfg: TrainConfig, device="cpu") -> Tensor:
-    """Which images step `step` sees: each pass over the data is a new permutation, and batches run on from pass to pass."""
+    """Which images step `step` sees: each pass over the data is a new permutation, and batches run
+    on from pass to pass.
+    """
     number, offset = divmod(step * cfg.batch_size, n_images)
     order = permutation(n_images, cfg.seed, number, device)
     while len(order) < offset + cfg.batch_size:
@@ -108,12 +128,19 @@ def batch_indices(n_images: int, step: int, cfg: TrainConfig, device="cpu") -> T
 
 @functools.lru_cache(maxsize=4)
 def permutation(n_images: int, seed: int, number: int, device="cpu") -> Tensor:
-    """The order of the images in pass `number`, the same on every device. Treat it as read-only: four are remembered."""
-    return torch.randperm(n_images, generator=step_generator(seed + 1_000_000_007, number)).to(device)
+    """The order of the images in pass `number`, the same on every device.
+
+    Treat it as read-only: four are remembered.
+    """
+    return torch.randperm(n_images, generator=step_generator(seed + 1_000_000_007, number)).to(
+        device
+    )
 
 
 class TrainState:
-    """Everything a run consists of: config, network, its EMA, optimizer, schedule and the number of steps done."""
+    """Everything a run consists of: config, network, its EMA, optimizer, schedule and the number of
+    steps done.
+    """
 
     def __init__(self, cfg: TrainConfig, model: nn.Module, device="cpu"):
         self.cfg, self.device = cfg, torch.device(device)
@@ -123,19 +150,29 @@ class TrainState:
         self.schedule = make_schedule(**cfg.noise()).to(self.device)
         self.step = 0
         self.best = math.inf  # the lowest held-out loss so far
-        self.data = None  # what `runs.describe_data` says of the images it is trained on, once it is
+        # what `runs.describe_data` says of the images it is trained on, once it is
+        self.data = None
         self.stopped = False  # True once the reader has pressed stop; set it to end `runs.train`
-        self.read_every = 1 if self.device.type == "cpu" else READ_EVERY  # steps between two looks at the losses
+        # steps between two looks at the losses
+        self.read_every = 1 if self.device.type == "cpu" else READ_EVERY
         self.unsaved = None  # the NotSaved of the latest save point, if it failed
 
 
-def draw_batch(state: TrainState, images, labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x0, t, eps and y of step number `state.step`, on its device; they depend on that number and the seed alone.
+def draw_batch(
+    state: TrainState, images, labels: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x0, t, eps and y of step number `state.step`, on its device; they depend on that number and
+    the seed alone.
 
-    images: (N, C, H, W) uint8, or `folders.FolderImages`. Of several processes, each gets its share of the batch.
+    images: (N, C, H, W) uint8, or `folders.FolderImages`. Of several processes, each gets its share
+    of the batch.
     """
     cfg, mine = state.cfg, distributed.share(state.cfg.batch_size)
-    n, timesteps, rng = cfg.batch_size, len(state.schedule), step_generator(cfg.seed, state.step, state.device)
+    n, timesteps, rng = (
+        cfg.batch_size,
+        len(state.schedule),
+        step_generator(cfg.seed, state.step, state.device),
+    )
     # which images; a streamed batch is picked where it is read
     where = state.device if isinstance(images, Tensor) else "cpu"
     picked = batch_indices(len(images), state.step, cfg, where)
@@ -159,10 +196,11 @@ def training_steps(
     labels: Tensor | None = None,
     model: nn.Module | None = None,
 ) -> Iterator[Tensor]:
-    """DDPM Algorithm 1: from `state.step` to the end of the config, a step an iteration; yields its loss, still on the device.
+    """DDPM Algorithm 1: from `state.step` to the end of the config, a step an iteration; yields its
+    loss, still on the device.
 
-    images and labels as in `draw_batch`. `model` stands for `state.model`, whose weights it shares: compiled, or replicated.
-    The plain loop; `runs.train` is the same loop with a run around it.
+    images and labels as in `draw_batch`. `model` stands for `state.model`, whose weights it shares:
+    compiled, or replicated. The plain loop; `runs.train` is the same loop with a run around it.
     """
     cfg, model = state.cfg, model or state.model
     total = cfg.steps(len(images))
@@ -172,7 +210,9 @@ def training_steps(
         # take a step
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.step, total, cfg)
-        loss = train_step(model, state.optimizer, state.schedule, x0, t, eps, cfg.target, cfg.grad_clip, y)
+        loss = train_step(
+            model, state.optimizer, state.schedule, x0, t, eps, cfg.target, cfg.grad_clip, y
+        )
         # average the weights
         state.ema.update(state.model)
         state.step += 1
@@ -189,7 +229,9 @@ def held_out_loss(
     seed: int = 0,
     data_range: str = "symmetric",
 ) -> float:
-    """Mean loss on `images` (uint8) with timesteps and noise fixed by `seed`, so that two networks get the same inputs."""
+    """Mean loss on `images` (uint8) with timesteps and noise fixed by `seed`, so that two networks
+    get the same inputs.
+    """
     per_t = loss_per_timestep(model, schedule, images, target, None, batch_size, seed, data_range)
     return per_t.mean().item()
 
@@ -205,7 +247,9 @@ def loss_per_timestep(
     seed: int = 0,
     data_range: str = "symmetric",
 ) -> Tensor:
-    """Squared error per pixel of each image at its own timestep (`timesteps` (N,), or None for an even spread). Shape (N,)."""
+    """Squared error per pixel of each image at its own timestep (`timesteps` (N,), or None for an
+    even spread). Shape (N,).
+    """
     device = schedule.betas.device
     rng = torch.Generator(device=device).manual_seed(seed)
     if timesteps is None:
@@ -216,5 +260,10 @@ def loss_per_timestep(
             x0, t = to_model_range(x_u8, data_range).to(device), t.to(device)
             eps = torch.randn(x0.shape, generator=rng, device=device)
             prediction = model(q_sample(schedule, x0, t, eps), t, None)
-            losses.append((prediction - training_target(schedule, x0, t, eps, target)).square().flatten(1).mean(1))
+            losses.append(
+                (prediction - training_target(schedule, x0, t, eps, target))
+                .square()
+                .flatten(1)
+                .mean(1)
+            )
     return torch.cat(losses)

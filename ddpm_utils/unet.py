@@ -1,4 +1,6 @@
-"""The network: a small U-Net of residual blocks, each told the time, with self-attention where it is cheap."""
+"""The network: a small U-Net of residual blocks, each told the time, with self-attention where it
+is cheap.
+"""
 
 import math
 
@@ -11,7 +13,10 @@ from .embeddings import TimeEmbedding
 
 
 def fold_pixels(x: Tensor, fold: int) -> Tensor:
-    """(B, C, H, W) → (B, C·fold², H/fold, W/fold): each fold × fold patch becomes one position. Nothing is lost."""
+    """(B, C, H, W) → (B, C·fold², H/fold, W/fold): each fold × fold patch becomes one position.
+
+    Nothing is lost.
+    """
     return rearrange(x, "b c (h f) (w g) -> b (c f g) h w", f=fold, g=fold)
 
 
@@ -21,14 +26,18 @@ def unfold_pixels(x: Tensor, fold: int) -> Tensor:
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
-    """`layer` with weights and bias at zero: a residual branch that ends in it starts as the identity."""
+    """`layer` with weights and bias at zero: a residual branch that ends in it starts as the
+    identity.
+    """
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation (1803.08494) in its weights' float32, whatever comes in: bfloat16 lacks the digits for a variance."""
+    """Group normalisation (1803.08494) in its weights' float32, whatever comes in: bfloat16 lacks
+    the digits for a variance.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
@@ -37,8 +46,8 @@ class GroupNorm32(nn.GroupNorm):
 class ResBlock(nn.Module):
     """(B, c_in, H, W), (B, time_dim) → (B, c_out, H, W): two convolutions beside a shortcut.
 
-    Time scales and shifts what runs between the two, after the second normalisation (as in Improved DDPM), which
-    therefore cannot undo it.
+    Time scales and shifts what runs between the two, after the second normalisation (as in Improved
+    DDPM), which therefore cannot undo it.
     """
 
     def __init__(self, c_in: int, c_out: int, time_dim: int, groups: int = 4, dropout: float = 0.0):
@@ -69,20 +78,34 @@ class SelfAttention(nn.Module):
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(self.norm(x)), "b (n heads c) h w -> n b heads (h w) c", n=3, heads=self.heads)
+        q, k, v = rearrange(
+            self.qkv(self.norm(x)), "b (n heads c) h w -> n b heads (h w) c", n=3, heads=self.heads
+        )
         fits = q @ k.mT / q.shape[-1] ** 0.5
         h = fits.softmax(dim=-1) @ v
         return x + self.out(rearrange(h, "b heads (h w) c -> b (heads c) h w", h=x.shape[2]))
 
 
 class DownLevel(nn.Module):
-    """Residual blocks at one resolution, then attention if asked for. Every block's output is kept in `skips`."""
+    """Residual blocks at one resolution, then attention if asked for.
+
+    Every block's output is kept in `skips`.
+    """
 
     def __init__(
-        self, width: int, blocks: int, time_dim: int, attention: bool, heads: int, groups: int, dropout: float
+        self,
+        width: int,
+        blocks: int,
+        time_dim: int,
+        attention: bool,
+        heads: int,
+        groups: int,
+        dropout: float,
     ):
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(width, width, time_dim, groups, dropout) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            ResBlock(width, width, time_dim, groups, dropout) for _ in range(blocks)
+        )
         self.attention = SelfAttention(width, heads, groups) if attention else nn.Identity()
 
     def forward(self, h: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
@@ -97,7 +120,9 @@ class UpLevel(nn.Module):
 
     def __init__(self, width: int, blocks: int, time_dim: int, groups: int, dropout: float):
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(2 * width, width, time_dim, groups, dropout) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            ResBlock(2 * width, width, time_dim, groups, dropout) for _ in range(blocks)
+        )
 
     def forward(self, h: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
         for block in self.blocks:
@@ -106,7 +131,9 @@ class UpLevel(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, c_in, H, W) → (B, c_out, 2H, 2W): nearest neighbour, then a convolution that smooths the blocks away."""
+    """(B, c_in, H, W) → (B, c_out, 2H, 2W): nearest neighbour, then a convolution that smooths the
+    blocks away.
+    """
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -119,23 +146,38 @@ class Upsample(nn.Module):
 class UNet(nn.Module):
     """model(x_t, t, y=None) → a tensor shaped like x_t.
 
-    x_t: (B, channels, H, W) float; t: (B,) long; y: (B,) long labels, or None for "no label".
-    H and W must be multiples of `self.divisor`. Raises ValueError on widths, groups, heads or sizes that do not fit.
+    x_t: (B, channels, H, W) float; t: (B,) long; y: (B,) long labels, or None for "no label". H and
+    W must be multiples of `self.divisor`. Raises ValueError on widths, groups, heads or sizes that
+    do not fit.
     """
 
-    def __init__(self, channels: int = 1, widths=(48, 64), blocks: int = 2, attention_levels=(1,), fold: int = 2,
-                 time_dim: int = 128, groups: int = 4, heads: int = 4, dropout: float = 0.0, num_classes: int = 0):  # fmt: skip
+    def __init__(
+        self,
+        channels: int = 1,
+        widths=(48, 64),
+        blocks: int = 2,
+        attention_levels=(1,),
+        fold: int = 2,
+        time_dim: int = 128,
+        groups: int = 4,
+        heads: int = 4,
+        dropout: float = 0.0,
+        num_classes: int = 0,
+    ):
         super().__init__()
         check_widths(widths, attention_levels, groups, heads)
         self.channels, self.fold, self.num_classes = channels, fold, num_classes
         self.divisor = fold * 2 ** (len(widths) - 1)
         self.time = TimeEmbedding(time_dim)
-        self.label = nn.Embedding(num_classes + 1, time_dim) if num_classes else None  # the last row means "no label"
+        # the last row means "no label"
+        self.label = nn.Embedding(num_classes + 1, time_dim) if num_classes else None
         self.stem = nn.Conv2d(channels * fold**2, widths[0], 3, padding=1)
         attends = [level in attention_levels for level in range(len(widths))]
         pairs = list(zip(widths[:-1], widths[1:], strict=True))
         self.downs = nn.ModuleList(
-            DownLevel(w, blocks, time_dim, a, heads, groups, dropout) for w, a in zip(widths, attends, strict=True))  # fmt: skip
+            DownLevel(w, blocks, time_dim, a, heads, groups, dropout)
+            for w, a in zip(widths, attends, strict=True)
+        )
         self.shrinks = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
         self.ups = nn.ModuleList(UpLevel(w, blocks, time_dim, groups, dropout) for w in widths)
         self.grows = nn.ModuleList(Upsample(b, a) for a, b in pairs)
@@ -157,42 +199,60 @@ class UNet(nn.Module):
 
 
 def check_widths(widths, attention_levels, groups: int, heads: int) -> None:
-    """Raise ValueError unless groups divide every width and heads divide every width that attends."""
+    """Raise ValueError unless groups divide every width and heads divide
+    every width that attends.
+    """
     for i, width in enumerate(widths):
         if width % groups:
             raise ValueError(
-                f"groups={groups} does not divide widths[{i}]={width}: try {max(1, round(width / groups)) * groups}"
+                f"groups={groups} does not divide widths[{i}]={width}: try "
+                f"{max(1, round(width / groups)) * groups}"
             )
         if i in attention_levels and width % heads:
             both = math.lcm(groups, heads)
             raise ValueError(
-                f"heads={heads} does not divide widths[{i}]={width}: try {max(1, round(width / both)) * both}"
+                f"heads={heads} does not divide widths[{i}]={width}: try "
+                f"{max(1, round(width / both)) * both}"
             )
 
 
 def check_input(x: Tensor, t: Tensor, y: Tensor | None, model: UNet) -> None:
-    """Raise ValueError unless x_t, t and y have the shapes and kinds that `model` takes, with the nearest sizes that work."""
+    """Raise ValueError unless x_t, t and y have the shapes and kinds that `model` takes, with the
+    nearest sizes that work.
+    """
     if x.ndim != 4 or x.shape[1] != model.channels:
-        raise ValueError(f"x_t has shape {tuple(x.shape)}, expected (batch, {model.channels}, height, width)")
+        raise ValueError(
+            f"x_t has shape {tuple(x.shape)}, expected (batch, {model.channels}, height, width)"
+        )
     d = model.divisor
     if x.shape[2] % d or x.shape[3] % d:
         sizes = sorted({max(1, s // d + up) * d for s in x.shape[2:] for up in (0, 1)})
         raise ValueError(
-            f"height × width {x.shape[2]} × {x.shape[3]} must be multiples of {d}: try {' or '.join(map(str, sizes))}"
+            f"height × width {x.shape[2]} × {x.shape[3]} must be multiples of {d}: try "
+            f"{' or '.join(map(str, sizes))}"
         )
     if t.shape != x.shape[:1] or t.is_floating_point():
         raise ValueError(
-            f"t has shape {tuple(t.shape)} and dtype {t.dtype}, expected ({len(x)},) whole numbers: one timestep an image"
+            f"t has shape {tuple(t.shape)} and dtype {t.dtype}, expected ({len(x)},) whole "
+            "numbers: one timestep an image"
         )
     if y is not None and model.label is None:
         raise ValueError(
-            "labels y were given, but this network was built with num_classes=0: build it with the number of classes"
+            "labels y were given, but this network was built with num_classes=0: build it with "
+            "the number of classes"
         )
     if y is not None and (y.shape != t.shape or y.is_floating_point()):
         raise ValueError(
-            f"y has shape {tuple(y.shape)} and dtype {y.dtype}, expected ({len(x)},) whole numbers: one label an image"
+            f"y has shape {tuple(y.shape)} and dtype {y.dtype}, expected ({len(x)},) whole "
+            "numbers: one label an image"
         )
-    if y is not None and y.device.type == "cpu" and y.numel() and (y.min() < 0 or y.max() > model.num_classes):
+    if (
+        y is not None
+        and y.device.type == "cpu"
+        and y.numel()
+        and (y.min() < 0 or y.max() > model.num_classes)
+    ):
         raise ValueError(
-            f"y holds {y.min().item()} … {y.max().item()}, but labels are 0 … {model.num_classes}, the last for none"
+            f"y holds {y.min().item()} … {y.max().item()}, but labels are 0 … "
+            f"{model.num_classes}, the last for none"
         )

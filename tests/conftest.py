@@ -4,12 +4,24 @@ import os
 
 import pytest  # and nothing of the package: files that need no network shall not wait for torch
 
-os.environ["DDPM_FLOAT32"] = "1"  # oracles want the digits; what bfloat16 does is tested where it is used
+# oracles want the digits; what bfloat16 does is tested where it is used
+os.environ["DDPM_FLOAT32"] = "1"
 
 TINY = dict(
-    dataset="digits", image_size=8, timesteps=100, widths=(8,), blocks=1, attention_levels=(), time_dim=16, groups=4,
-    heads=1, batch_size=4, epochs=2.0, warmup_steps=2, lr=5e-3,
-)  # fmt: skip
+    dataset="digits",
+    image_size=8,
+    timesteps=100,
+    widths=(8,),
+    blocks=1,
+    attention_levels=(),
+    time_dim=16,
+    groups=4,
+    heads=1,
+    batch_size=4,
+    epochs=2.0,
+    warmup_steps=2,
+    lr=5e-3,
+)
 
 
 @pytest.fixture
@@ -22,7 +34,9 @@ def tiny():
 
 @pytest.fixture
 def net():
-    """Builds the network of a config, the same weights every time, and leaves the global generator as it was."""
+    """Builds the network of a config, the same weights every time, and leaves the global generator
+    as it was.
+    """
     import torch
 
     from ddpm_utils.unet import UNet
@@ -54,7 +68,10 @@ def fast(own_folders, monkeypatch):
 
 @pytest.fixture
 def own_folders(monkeypatch, tmp_path):
-    """The project's root moved into a temporary folder and every variable of the project unset. Returns that folder."""
+    """The project's root moved into a temporary folder and every variable of the project unset.
+
+    Returns that folder.
+    """
     from ddpm_utils import runtime
 
     for name in ("DDPM_FAST", "DDPM_DATA_DIR", "DDPM_OUTPUT_DIR", "DDPM_CHECKPOINT_DIR"):

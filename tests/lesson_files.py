@@ -10,7 +10,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import lessons as tool  # noqa: E402
 
-COPIES = ROOT / "outputs" / "test" / "lessons"  # where `make test` leaves the lessons it executed in fast mode
+# where `make test` leaves the lessons it executed in fast mode
+COPIES = ROOT / "outputs" / "test" / "lessons"
 
 
 def lesson_names() -> list[str]:

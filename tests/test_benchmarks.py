@@ -1,4 +1,6 @@
-"""The benchmark: contestants against what they claim to be, the clock, resuming, equal noise and n, and the table."""
+"""The benchmark: contestants against what they claim to be, the clock, resuming, equal noise and n,
+and the table.
+"""
 
 import contextlib
 import functools
@@ -37,7 +39,9 @@ pytestmark = pytest.mark.usefixtures("same_numbers_every_time")
 
 
 def pictures(n=64, size=28):
-    return torch.randint(0, 256, (n, 1, size, size), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+    return torch.randint(0, 256, (n, 1, size, size), generator=torch.Generator().manual_seed(3)).to(
+        torch.uint8
+    )
 
 
 def contestant(name, n=64, seed=0):
@@ -61,11 +65,18 @@ def test_the_sketch_has_its_size_and_its_work():
 
 
 def test_the_sketch_is_frozen():
-    """Weights from a formula, an input from a formula, and the answer as it was on the day the file was written."""
+    """Weights from a formula, an input from a formula, and the answer as it was on the day the file
+    was written.
+    """
     model = SketchNetwork()
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
-            p.copy_((torch.arange(p.numel(), dtype=torch.float64).square() * 0.7 + i).sin().view(p.shape) * 0.1)
+            p.copy_(
+                (torch.arange(p.numel(), dtype=torch.float64).square() * 0.7 + i)
+                .sin()
+                .view(p.shape)
+                * 0.1
+            )
     x = (torch.arange(2 * 784, dtype=torch.float64) * 0.11).sin().view(2, 1, 28, 28)
     y = model(x.float(), torch.tensor([3, 700])).detach().double()
     assert y.shape == x.shape
@@ -84,7 +95,11 @@ def test_the_sketch_starts_at_zero_and_is_told_the_time():
 
 def test_the_sketch_attends_once_at_7_by_7_with_four_heads(monkeypatch):
     seen = []
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v: seen.append(q.shape) or v)
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v: seen.append(q.shape) or v,
+    )
     SketchNetwork()(torch.zeros(2, 1, 28, 28), torch.zeros(2).long())
     assert seen == [(2, 4, 49, 16)]
 
@@ -96,8 +111,14 @@ def test_rate_average_and_batch_of_the_sketch():
     made.steps = 5000
     found = [made.rate(p) for p in (0.1, 0.5, 0.75, 1.0)]
     assert found == pytest.approx([2e-3, 2e-3, 2e-3 * 0.51, 2e-3 * 0.02])
-    assert (made.batch_size, made.target, made.clip, made.optimizer.defaults["weight_decay"]) == (64, "v", None, 0.0)
-    for n, share in ((0, 0.9), (9, 9 / 19), (5000, 0.01)):  # of the new weights in the average, at update n
+    assert (made.batch_size, made.target, made.clip, made.optimizer.defaults["weight_decay"]) == (
+        64,
+        "v",
+        None,
+        0.0,
+    )
+    # of the new weights in the average, at update n
+    for n, share in ((0, 0.9), (9, 9 / 19), (5000, 0.01)):
         made.steps = n
         for p in made.average.parameters():
             p.zero_()
@@ -111,15 +132,24 @@ def test_rate_average_and_batch_of_the_sketch():
 def test_unet2dmodel_is_the_one_of_3_7_million_parameters():
     model = DiffusersNetwork()
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 3.7
-    attends = [any("Attention" in type(m).__name__ for m in block.modules()) for block in model.net.down_blocks]
+    attends = [
+        any("Attention" in type(m).__name__ for m in block.modules())
+        for block in model.net.down_blocks
+    ]
     assert attends == [False, True, False]
     assert tuple(model.net.config.block_out_channels) == (32, 64, 128)
 
 
 def test_diffusers_sees_the_noise_of_its_own_scheduler(own_folders):
     made, theirs = contestant("diffusers"), DDPMScheduler(num_train_timesteps=1000)
-    x0, eps, t = torch.randn(5, 1, 28, 28), torch.randn(5, 1, 28, 28), torch.tensor([0, 1, 100, 700, 999])
-    torch.testing.assert_close(q_sample(made.schedule, x0, t, eps), theirs.add_noise(x0, eps, t), rtol=1e-4, atol=1e-5)
+    x0, eps, t = (
+        torch.randn(5, 1, 28, 28),
+        torch.randn(5, 1, 28, 28),
+        torch.tensor([0, 1, 100, 700, 999]),
+    )
+    torch.testing.assert_close(
+        q_sample(made.schedule, x0, t, eps), theirs.add_noise(x0, eps, t), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_diffusers_follows_the_cosine_rate_of_its_tutorial():
@@ -128,7 +158,9 @@ def test_diffusers_follows_the_cosine_rate_of_its_tutorial():
     theirs = get_cosine_schedule_with_warmup(optimizer, 50, 1000)
     for step in range(1000):
         if step:
-            assert made.rate(step / 1000) == pytest.approx(theirs.get_last_lr()[0], rel=1e-6, abs=1e-9), step
+            assert made.rate(step / 1000) == pytest.approx(
+                theirs.get_last_lr()[0], rel=1e-6, abs=1e-9
+            ), step
         optimizer.step()
         theirs.step()
     assert 0 < made.rate(0.0) < 1e-4 and (Diffusers.batch_size, Diffusers.clip) == (16, 1.0)
@@ -139,8 +171,19 @@ def test_article_trains_as_published(own_folders):
     made = Article(pictures(), 0, CPU)
     group = made.optimizer.param_groups[0]
     assert type(made.optimizer) is torch.optim.Adam
-    assert (made.rate(0.0), made.rate(1.0), group["weight_decay"], made.batch_size) == (1e-3, 1e-3, 0, 128)
-    assert (made.clip, made.average, made.target, made.constant, len(made.schedule)) == (None, None, "eps", True, 1000)
+    assert (made.rate(0.0), made.rate(1.0), group["weight_decay"], made.batch_size) == (
+        1e-3,
+        1e-3,
+        0,
+        128,
+    )
+    assert (made.clip, made.average, made.target, made.constant, len(made.schedule)) == (
+        None,
+        None,
+        "eps",
+        True,
+        1000,
+    )
     assert sum(p.numel() for p in made.model.parameters()) == 606_852
     torch.testing.assert_close(made.schedule.betas, torch.linspace(1e-4, 0.02, 1000))
 
@@ -156,17 +199,23 @@ def test_articles_sampler_is_the_published_formula(fast):
             eps = made.model(x, torch.full((2,), t))
         noise = torch.randn(2, 1, 28, 28, generator=rng)
         alpha, alpha_bar, beta = s.alphas[t], s.alpha_bars[t], s.betas[t]
-        x = (x - (1 - alpha) / (1 - alpha_bar).sqrt() * eps) / alpha.sqrt() + (t > 0) * beta.sqrt() * noise
+        x = (x - (1 - alpha) / (1 - alpha_bar).sqrt() * eps) / alpha.sqrt() + (
+            t > 0
+        ) * beta.sqrt() * noise
     torch.testing.assert_close(states[-1], x, rtol=1e-3, atol=1e-3)
 
 
 def test_peers_multiply_in_float32_whatever_the_package_does_on_this_cpu(fast, monkeypatch):
-    monkeypatch.setattr(runtime, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
+    monkeypatch.setattr(
+        runtime, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16)
+    )
     seen = {}
     for name in ("sketch", "article", "ours"):
         made = contestant(name)
         layer = next(m for m in made.model.modules() if isinstance(m, nn.Conv2d))
-        layer.register_forward_hook(lambda module, args, out, name=name: seen.update({name: out.dtype}))
+        layer.register_forward_hook(
+            lambda module, args, out, name=name: seen.update({name: out.dtype})
+        )
         made.step(0.1)
         assert seen[name] == made.precision(CPU)
     assert seen == {"sketch": torch.float32, "article": torch.float32, "ours": torch.bfloat16}
@@ -185,7 +234,9 @@ def test_only_the_article_brings_a_sampler_and_a_constant_rate():
 
 
 def test_ours_is_the_packages_own_training_bit_for_bit(fast):
-    """Were the clock to run as evenly as the steps, the benchmark and `runs.train` would make the same weights."""
+    """Were the clock to run as evenly as the steps, the benchmark and `runs.train` would make the
+    same weights.
+    """
     made = contestant("ours", 640)
     state = training.TrainState(made.cfg, contestant("ours", 640).model)
     total = made.cfg.steps(640)
@@ -200,7 +251,9 @@ def test_ours_is_the_packages_own_training_bit_for_bit(fast):
 def test_ours_is_the_default_and_paper_three_words_away(own_folders):
     cfg = Ours.config(CPU)
     assert cfg == TrainConfig()
-    assert Paper.config(CPU) == cfg.replace(schedule="linear", target="eps", timestep_draw="uniform")
+    assert Paper.config(CPU) == cfg.replace(
+        schedule="linear", target="eps", timestep_draw="uniform"
+    )
     assert Ours.config(torch.device("cuda")) == TrainConfig(**contestants.preset_for("cuda"))
 
 
@@ -208,7 +261,11 @@ def test_ours_is_the_default_and_paper_three_words_away(own_folders):
 def test_each_choice_takes_back_one_thing(own_folders, monkeypatch, name):
     default, other = Ours.config(CPU).to_dict(), CHOICES[name].config(CPU).to_dict()
     changed = {field for field in default if default[field] != other[field]}
-    assert changed <= {"lr", "decay_from", "optimizer"} if name == "adamw" else len(changed) == (name != "float32")
+    assert (
+        changed <= {"lr", "decay_from", "optimizer"}
+        if name == "adamw"
+        else len(changed) == (name != "float32")
+    )
     monkeypatch.setattr(contestants, "package_precision", lambda device: torch.bfloat16)
     assert CHOICES[name].describe(CPU, False) != Ours.describe(CPU, False)
 
@@ -219,7 +276,9 @@ def test_the_contestant_in_float32_multiplies_in_float32(fast, monkeypatch):
     kinds = {}
     for name in ("ours", "float32"):
         made = contestant(name)
-        made.model.stem.register_forward_hook(lambda m, x, y, name=name: kinds.update({name: y.dtype}))
+        made.model.stem.register_forward_hook(
+            lambda m, x, y, name=name: kinds.update({name: y.dtype})
+        )
         made.step(0.5)
     assert kinds == {"ours": torch.bfloat16, "float32": torch.float32}
 
@@ -228,16 +287,26 @@ def test_the_rate_of_ours_follows_the_clock(own_folders, monkeypatch):
     made, seen = contestant("ours"), []
     monkeypatch.setattr(training, "draw_batch", lambda run, images: (None, None, None, None))
     monkeypatch.setattr(
-        training, "train_step", lambda model, optimizer, *rest: seen.append(optimizer.param_groups[0]["lr"])
+        training,
+        "train_step",
+        lambda model, optimizer, *rest: seen.append(optimizer.param_groups[0]["lr"]),
     )
     cfg = made.cfg
-    for made.steps, progress in ((0, 0.0), (1, 0.5), (9_000, 0.015), (9_000, 0.5), (9_000, 1.0), (18_000, 0.5)):
+    for made.steps, progress in (
+        (0, 0.0),
+        (1, 0.5),
+        (9_000, 0.015),
+        (9_000, 0.5),
+        (9_000, 1.0),
+        (18_000, 0.5),
+    ):
         made.step(progress)
     rise = training.learning_rate(0, 10**9, cfg)
     assert seen[0] == rise <= cfg.lr and seen[2] == pytest.approx(cfg.lr, rel=1e-4)
     assert seen[4] == pytest.approx(cfg.lr * cfg.lr_floor, rel=1e-6)
     assert seen[3] == pytest.approx(training.learning_rate(5000, 10_000, cfg))
-    assert seen[5] == pytest.approx(seen[3])  # twice as fast a machine, the same rate at the same time
+    # twice as fast a machine, the same rate at the same time
+    assert seen[5] == pytest.approx(seen[3])
 
 
 # --- every contestant
@@ -273,7 +342,9 @@ def test_warming_up_leaves_no_trace(fast, name):
 
 @pytest.mark.slow
 def test_compiled_ours_is_ours(fast, monkeypatch):
-    """The wiring of --compile with the backend that traces but generates no code: same weights, and a warm-up without trace."""
+    """The wiring of --compile with the backend that traces but generates no code: same weights, and
+    a warm-up without trace.
+    """
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, mode: real(model, backend="aot_eager"))
     plain, compiled = contestant("ours"), Ours(pictures(), 0, CPU, compiled=True)
@@ -351,12 +422,16 @@ def test_the_clock_runs_in_turns_alone(fast):
 
 @pytest.fixture
 def bench(fast, monkeypatch):
-    """Builds a Bench of sleepers with a ruler that looks at nothing; keyword arguments go to the Bench."""
+    """Builds a Bench of sleepers with a ruler that looks at nothing; keyword arguments go to the
+    Bench.
+    """
     monkeypatch.setitem(CONTESTANTS, "ours", Sleeper)
     monkeypatch.setitem(CONTESTANTS, "article", Steady)
     monkeypatch.setattr(recipes, "draw_pictures", lambda made, n, own: (n, own, made.seconds))
     monkeypatch.setattr(recipes, "flops_per_image", lambda *args: 1e6)
-    monkeypatch.setattr(runtime, "shrink", lambda full, fast: 0.02 if full == recipes.TURN else fast)
+    monkeypatch.setattr(
+        runtime, "shrink", lambda full, fast: 0.02 if full == recipes.TURN else fast
+    )
 
     class Ruler:
         def __init__(self, *args):
@@ -372,7 +447,9 @@ def bench(fast, monkeypatch):
     Sleeper.log.clear()
 
     def build(plan, n=8):
-        return recipes.Bench(plan, fast / "results.jsonl", n, CPU, False, "python -m benchmarks.recipes")
+        return recipes.Bench(
+            plan, fast / "results.jsonl", n, CPU, False, "python -m benchmarks.recipes"
+        )
 
     return build
 
@@ -387,12 +464,18 @@ def test_contestants_take_turns_until_all_stand_at_the_mark(bench):
     assert switches >= 6  # one after the other there would be three
     rows = results.read_rows(bench(PLAN).out)
     assert [row["mark"] for row in rows] == sorted(row["mark"] for row in rows)
-    found = {(row["contestant"], row["mark"], row["seed"], row["sampler"], row["n"]) for row in rows}
+    found = {
+        (row["contestant"], row["mark"], row["seed"], row["sampler"], row["n"]) for row in rows
+    }
     assert found == {
-        ("ours", 0.06, 0, "common", 8), ("ours", 0.06, 1, "common", 8), ("ours", 0.12, 0, "common", 8),
-        ("article", 0.06, 0, "common", 8), ("article", 0.12, 0, "common", 8),
-        ("article", 0.06, 0, "own", 2), ("article", 0.12, 0, "own", 2),
-    }  # fmt: skip
+        ("ours", 0.06, 0, "common", 8),
+        ("ours", 0.06, 1, "common", 8),
+        ("ours", 0.12, 0, "common", 8),
+        ("article", 0.06, 0, "common", 8),
+        ("article", 0.12, 0, "common", 8),
+        ("article", 0.06, 0, "own", 2),
+        ("article", 0.12, 0, "own", 2),
+    }
     assert len(rows) == len(found)
     for row in rows:
         assert row["mark"] <= row["seconds"] < row["mark"] + 0.5
@@ -404,7 +487,8 @@ def test_a_falling_rate_starts_afresh_for_each_mark_and_a_constant_one_goes_on(b
     bench(PLAN).run()
     starts = [name for name, progress in Sleeper.log if progress == 0]
     assert starts.count("Sleeper") == 3 and starts.count("Steady") == 1
-    assert not list(runtime.checkpoint_dir("benchmarks").rglob("*.pt"))  # nothing is left of finished runs
+    # nothing is left of finished runs
+    assert not list(runtime.checkpoint_dir("benchmarks").rglob("*.pt"))
 
 
 def test_what_is_done_is_not_done_again(bench):
@@ -441,7 +525,8 @@ def test_what_was_left_of_another_mark_is_not_gone_on_with(bench, monkeypatch):
     def stop(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Sleeper, "is_finite", stop, raising=False)  # looked at after the first turn has been saved
+    # looked at after the first turn has been saved
+    monkeypatch.setattr(Sleeper, "is_finite", stop, raising=False)
     with pytest.raises(KeyboardInterrupt):
         bench({"ours": {0.1: [0]}}).run()
     monkeypatch.delattr(Sleeper, "is_finite")
@@ -486,7 +571,8 @@ def test_what_cannot_be_measured_is_refused_before_any_training(bench, monkeypat
     with pytest.raises(SystemExit, match="--n 298: .* 297"):
         bench(PLAN, n=298)
     monkeypatch.setattr(runtime, "shrink", lambda full, fast: full)
-    monkeypatch.setattr(recipes.data, "_from_folders", lambda *args: None)  # no Fashion-MNIST anywhere
+    # no Fashion-MNIST anywhere
+    monkeypatch.setattr(recipes.data, "_from_folders", lambda *args: None)
     with pytest.raises(SystemExit, match="Fashion-MNIST was not found"):
         bench(PLAN)
     assert Sleeper.log == []
@@ -516,7 +602,9 @@ def test_the_plan_measures_what_it_should(own_folders):
     for mark in (60, 120, 300, 600):
         assert all(mark in recipes.PLAN[name] for name in ("ours", "paper", "sketch"))
     assert recipes.choose(recipes.PLAN, None, None, None) == recipes.PLAN
-    assert recipes.choose(recipes.PLAN, ["ours"], [5, 7], None) == {"ours": {300: [0, 1, 2], 420: [0]}}
+    assert recipes.choose(recipes.PLAN, ["ours"], [5, 7], None) == {
+        "ours": {300: [0, 1, 2], 420: [0]}
+    }
     assert recipes.choose(recipes.PLAN, ["ours"], [2, 2.5], None) == {"ours": {120: [0], 150: [0]}}
     assert recipes.choose(recipes.PLAN, ["sketch"], [5], [4]) == {"sketch": {300: [4]}}
 
@@ -525,13 +613,20 @@ def test_the_plan_measures_what_it_should(own_folders):
 
 
 def test_floor_and_distance_at_any_n(fast, monkeypatch):
-    monkeypatch.setattr(recipes.pretrained, "obtain_classifier", lambda *args: evaluation.Classifier().eval())
-    train_set, test_set = (recipes.data.load_images("digits", split, say=False) for split in ("train", "test"))
+    monkeypatch.setattr(
+        recipes.pretrained, "obtain_classifier", lambda *args: evaluation.Classifier().eval()
+    )
+    train_set, test_set = (
+        recipes.data.load_images("digits", split, say=False) for split in ("train", "test")
+    )
     ruler = recipes.Ruler(train_set.first(300), test_set.first(100), CPU)
     draws = ruler.real[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
-    expected = [evaluation.frechet_distance(draws[i : i + 30], ruler.reference) for i in (0, 30, 60)]
+    expected = [
+        evaluation.frechet_distance(draws[i : i + 30], ruler.reference) for i in (0, 30, 60)
+    ]
     assert ruler.floor(30) == pytest.approx(sum(expected) / 3)
-    assert ruler.floor(10) > ruler.floor(30) > ruler.floor(100)  # the smaller the sample, the larger its own error
+    # the smaller the sample, the larger its own error
+    assert ruler.floor(10) > ruler.floor(30) > ruler.floor(100)
     assert ruler.distance(train_set.images[:300]) == pytest.approx(0, abs=1e-4)
     assert ruler.distance(255 - test_set.images[:100]) > ruler.distance(test_set.images[:100])
     with pytest.raises(ValueError, match="n=101 .* 100 test images"):
@@ -557,7 +652,9 @@ def test_every_contestant_meets_the_same_noise_and_shows_its_average(fast):
     calls = len(met["ours"]) // 2
     for name, inputs in met.items():
         assert [len(x) for x in inputs] == [3] * calls + [2] * calls
-        assert torch.equal(inputs[0], met["ours"][0]) and torch.equal(inputs[calls], met["ours"][calls]), name
+        assert torch.equal(inputs[0], met["ours"][0]) and torch.equal(
+            inputs[calls], met["ours"][calls]
+        ), name
     assert not torch.equal(met["ours"][0][:2], met["ours"][calls])
 
 
@@ -565,7 +662,9 @@ def test_every_contestant_meets_the_same_noise_and_shows_its_average(fast):
 
 
 def test_work_of_a_known_network():
-    """Forward and backward of two convolutions: the gradient of the first one's input is nobody's business."""
+    """Forward and backward of two convolutions: the gradient of the first one's input is nobody's
+    business.
+    """
 
     class Two(nn.Module):
         def __init__(self):
@@ -585,7 +684,9 @@ def test_attention_is_counted():
     whole = measure.flops_per_image(model, (1, 28, 28), CPU)
     model.attention = nn.Identity()
     convs = 3 * 2 * 49 * 64 * (192 + 64)
-    assert whole - measure.flops_per_image(model, (1, 28, 28), CPU) == 3 * 2 * 2 * 49 * 49 * 64 + convs
+    assert (
+        whole - measure.flops_per_image(model, (1, 28, 28), CPU) == 3 * 2 * 2 * 49 * 49 * 64 + convs
+    )
 
 
 def test_the_peak_is_that_of_a_real_product(own_folders, monkeypatch):
@@ -601,21 +702,46 @@ def test_the_peak_is_that_of_a_real_product(own_folders, monkeypatch):
 
 def row(name, mark, distance, seed=0, n=1000, sampler="common", **more):
     return {
-        "contestant": name, "mark": mark, "seed": seed, "n": n, "sampler": sampler, "distance": distance, "calls": 50,
-        "floor": 2.5, "seconds": mark, "warm_up_seconds": 0.0, "steps": 10, "images": 640, "images_per_second": 500.0,
-        "parameters": 12_345, "flops_per_image": 2e8, "precision": "float32", "peak_flops": 2e11,
-        "settings": "s", "date": "2026-01-02",
-        "command": "python -m benchmarks.recipes", "device": "CPU", "machine": "M", "threads": 2, "torch": "2",
-        "data": "Fashion-MNIST", "fast": False,
-    } | more  # fmt: skip
+        "contestant": name,
+        "mark": mark,
+        "seed": seed,
+        "n": n,
+        "sampler": sampler,
+        "distance": distance,
+        "calls": 50,
+        "floor": 2.5,
+        "seconds": mark,
+        "warm_up_seconds": 0.0,
+        "steps": 10,
+        "images": 640,
+        "images_per_second": 500.0,
+        "parameters": 12_345,
+        "flops_per_image": 2e8,
+        "precision": "float32",
+        "peak_flops": 2e11,
+        "settings": "s",
+        "date": "2026-01-02",
+        "command": "python -m benchmarks.recipes",
+        "device": "CPU",
+        "machine": "M",
+        "threads": 2,
+        "torch": "2",
+        "data": "Fashion-MNIST",
+        "fast": False,
+    } | more
 
 
 ROWS = [
-    row("ours", 60, 90.0), row("sketch", 60, 180.0), row("sketch", 300, 60.0), row("ours", 300, 25.0),
-    row("ours", 300, 20.0, seed=1), row("ours", 300, 40.0, seed=2), row("article", 300, 500.0),
+    row("ours", 60, 90.0),
+    row("sketch", 60, 180.0),
+    row("sketch", 300, 60.0),
+    row("ours", 300, 25.0),
+    row("ours", 300, 20.0, seed=1),
+    row("ours", 300, 40.0, seed=2),
+    row("article", 300, 500.0),
     row("article", 300, 700.0, n=250, sampler="own", floor=10.0, calls=1000),
     row("ours", 300, 21.0, n=4000, floor=1.0),
-]  # fmt: skip
+]
 
 
 def test_the_table_shows_medians_ranges_and_multiples_of_the_floor_at_equal_n(tmp_path):
@@ -623,7 +749,10 @@ def test_the_table_shows_medians_ranges_and_multiples_of_the_floor_at_equal_n(tm
     for one in ROWS:
         results.append(out, one)
     text = results.report(out)
-    assert "| ours | 12,345 | 500 | 200 | 50% float32 | 90.0 (36.0×) | 25.0 (10.0×) [20.0 … 40.0, 3 seeds] |" in text
+    assert (
+        "| ours | 12,345 | 500 | 200 | 50% float32 | 90.0 (36.0×) | 25.0 (10.0×) [20.0 … 40.0, 3 "
+        "seeds] |" in text
+    )
     assert "| sketch | 12,345 | 500 | 200 | 50% float32 | 180.0 (72.0×) | 60.0 (24.0×) |" in text
     assert "| article | 12,345 | 500 | 200 | 50% float32 |  | 500.0 (200.0×) |" in text
     assert "| article | 12,345 | 500 | 200 | 50% float32 | 700.0 (70.0×) |" in text
@@ -654,9 +783,12 @@ def test_only_the_latest_recipe_and_the_latest_of_two_results_count():
     rows = [row("ours", 60, 9.0), row("ours", 300, 5.0), row("sketch", 60, 7.0)]
     rows += [row("ours", 60, 3.0, settings="new"), row("ours", 60, 2.0, settings="new")]
     found = results.summary(results.current(rows), 1000, "common")
-    assert {name: {m: [r["distance"] for r in of] for m, of in by.items()} for name, by in found.items()} == {
-        "sketch": {60: [7.0]}, "ours": {60: [2.0]},
-    }  # fmt: skip
+    assert {
+        name: {m: [r["distance"] for r in of] for m, of in by.items()} for name, by in found.items()
+    } == {
+        "sketch": {60: [7.0]},
+        "ours": {60: [2.0]},
+    }
 
 
 def test_a_report_of_nothing_says_what_to_do(tmp_path):
@@ -668,14 +800,21 @@ def test_a_report_of_nothing_says_what_to_do(tmp_path):
 
 
 def test_a_short_run_from_end_to_end_and_again(fast, capsys, monkeypatch):
-    monkeypatch.setattr(recipes.pretrained, "obtain_classifier", lambda *args: evaluation.Classifier().eval())
+    monkeypatch.setattr(
+        recipes.pretrained, "obtain_classifier", lambda *args: evaluation.Classifier().eval()
+    )
     load = recipes.data.load_images
-    monkeypatch.setattr(recipes.data, "load_images", lambda *args: load(*args, say=False).first(150))
+    monkeypatch.setattr(
+        recipes.data, "load_images", lambda *args: load(*args, say=False).first(150)
+    )
     command = ["--contestants", "ours", "sketch", "--minutes", "0.002", "--device", "cpu"]
     recipes.main(command)
     out = runtime.output_dir("benchmarks") / "recipes_cpu.jsonl"
     rows = results.read_rows(out)
-    assert [(r["contestant"], r["n"], r["sampler"]) for r in rows] == [("ours", 8, "common"), ("sketch", 8, "common")]
+    assert [(r["contestant"], r["n"], r["sampler"]) for r in rows] == [
+        ("ours", 8, "common"),
+        ("sketch", 8, "common"),
+    ]
     for r in rows:
         assert 0 < r["floor"] and r["distance"] >= 0 and r["images"] > 0 and r["peak_flops"] > 0
         assert r["command"] == "python -m benchmarks.recipes " + " ".join(command)
@@ -711,7 +850,9 @@ def test_convolutions_by_themselves_do_the_work_that_is_counted(fast):
     found = profile_step.convolutions(made)
     layers = [m for m in made.model.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
     assert sum(times for _, _, times in found) == len(layers) and len(found) < len(layers)
-    for layer, shape, _ in found[:4] + [entry for entry in found if isinstance(entry[0], nn.ConvTranspose2d)]:
+    for layer, shape, _ in found[:4] + [
+        entry for entry in found if isinstance(entry[0], nn.ConvTranspose2d)
+    ]:
         took, reached = profile_step.time_convolution(layer, shape, made, 1)
         x = torch.zeros(shape, requires_grad=True)
         with FlopCounterMode(display=False) as counter:
@@ -723,7 +864,9 @@ def test_sampling_is_measured_by_calls(fast):
     made, calls = contestant("ours"), []
     made.network().register_forward_hook(lambda *args: calls.append(1))
     rates = profile_step.calls_per_second(made, 2, 3)
-    assert list(rates) == ["network alone", "ddim_sample", "ddpm_sample"] and all(r > 0 for r in rates.values())
+    assert list(rates) == ["network alone", "ddim_sample", "ddpm_sample"] and all(
+        r > 0 for r in rates.values()
+    )
     assert len(calls) == 3 * 3 * (3 + 1)
 
 

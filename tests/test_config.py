@@ -49,21 +49,48 @@ BAD = {
     "seed": [1.5, "zero", None],
 }
 OTHER = {
-    "dataset": "mnist", "image_size": 32, "channels": 3, "pad": 2, "data_range": "unit",
-    "timesteps": 500, "schedule": "linear", "beta_scale": 2.0,
-    "target": "eps", "model": "article", "widths": (32, 32), "blocks": 1, "attention_levels": (), "fold": 1, "time_dim": 64,
-    "groups": 8, "heads": 2, "dropout": 0.1, "num_classes": 10, "epochs": 1.0, "batch_size": 16, "label_drop": 0.2,
+    "dataset": "mnist",
+    "image_size": 32,
+    "channels": 3,
+    "pad": 2,
+    "data_range": "unit",
+    "timesteps": 500,
+    "schedule": "linear",
+    "beta_scale": 2.0,
+    "target": "eps",
+    "model": "article",
+    "widths": (32, 32),
+    "blocks": 1,
+    "attention_levels": (),
+    "fold": 1,
+    "time_dim": 64,
+    "groups": 8,
+    "heads": 2,
+    "dropout": 0.1,
+    "num_classes": 10,
+    "epochs": 1.0,
+    "batch_size": 16,
+    "label_drop": 0.2,
     "timestep_draw": "uniform",
-    "optimizer": "adam", "lr": 1e-3, "warmup_steps": 0, "decay_from": 1.0, "lr_floor": 0.0, "weight_decay": 0.1,
-    "grad_clip": 2.0, "ema_decay": 0.0, "seed": 1,
-}  # fmt: skip
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "warmup_steps": 0,
+    "decay_from": 1.0,
+    "lr_floor": 0.0,
+    "weight_decay": 0.1,
+    "grad_clip": 2.0,
+    "ema_decay": 0.0,
+    "seed": 1,
+}
 
 
 def test_the_tables_above_name_every_field():
     assert set(BAD) == set(OTHER) == set(FIELDS)
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in BAD.items() for value in values])
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in BAD.items() for value in values]
+)
 def test_a_bad_value_is_refused_with_its_field_and_value(field, value):
     with pytest.raises(ValueError, match=field) as error:
         TrainConfig(**{field: value})
@@ -72,14 +99,21 @@ def test_a_bad_value_is_refused_with_its_field_and_value(field, value):
 
 
 def test_the_ends_of_a_range_are_inside_and_the_nearest_value_is_named():
-    assert TrainConfig(ema_decay=0.99999, dropout=0.9, lr=1e-6, epochs=1e-6, batch_size=4096).batch_size == 4096
+    assert (
+        TrainConfig(
+            ema_decay=0.99999, dropout=0.9, lr=1e-6, epochs=1e-6, batch_size=4096
+        ).batch_size
+        == 4096
+    )
     with pytest.raises(ValueError, match="batch_size=5000.*nearest allowed value is 4096"):
         TrainConfig(batch_size=5000)
     with pytest.raises(ValueError, match="nearest allowed value is 0.9$"):
         TrainConfig(dropout=1.5)
 
 
-@pytest.mark.parametrize("field", [name for name, value in FIELDS.items() if type(value) is int and name != "channels"])
+@pytest.mark.parametrize(
+    "field", [name for name, value in FIELDS.items() if type(value) is int and name != "channels"]
+)
 def test_a_whole_number_written_as_a_float_becomes_an_int(field):
     assert type(getattr(TrainConfig(**{field: float(FIELDS[field])}), field)) is int
 
@@ -97,10 +131,21 @@ def test_round_trip_through_a_dict_and_through_json(changes):
 
 
 def test_a_config_written_before_a_field_existed_means_what_it_meant():
-    added = {"model": "unet", "timestep_draw": "stratified", "optimizer": "adamw", "label_drop": 0.0, "pad": 0,
-             "data_range": "symmetric"}  # fmt: skip
+    added = {
+        "model": "unet",
+        "timestep_draw": "stratified",
+        "optimizer": "adamw",
+        "label_drop": 0.0,
+        "pad": 0,
+        "data_range": "symmetric",
+    }
     cfg = TrainConfig(**added, lr=1e-3)
-    assert config.from_dict({name: value for name, value in cfg.to_dict().items() if name not in added}) == cfg
+    assert (
+        config.from_dict(
+            {name: value for name, value in cfg.to_dict().items() if name not in added}
+        )
+        == cfg
+    )
     assert config.from_dict(TrainConfig(**OTHER).to_dict()) == TrainConfig(**OTHER)
 
 
@@ -110,7 +155,9 @@ def test_from_dict_refuses_a_field_it_does_not_know():
 
 
 def test_run_name_differs_for_every_field_and_is_a_plain_folder_name():
-    names = [TrainConfig().run_name()] + [TrainConfig(**{field: value}).run_name() for field, value in OTHER.items()]
+    names = [TrainConfig().run_name()] + [
+        TrainConfig(**{field: value}).run_name() for field, value in OTHER.items()
+    ]
     assert len(set(names)) == len(names)
     assert all(name == name.replace("/", "").replace(" ", "") for name in names)
 
@@ -121,14 +168,17 @@ def test_a_path_is_a_folder_of_pictures_and_a_bare_word_is_not():
     assert TrainConfig(dataset="./x").run_name() != TrainConfig(dataset="../x").run_name()
     assert TrainConfig().folder is None
     with pytest.raises(
-        ValueError, match="dataset='faces' is not known: .*give a folder of pictures as a path.*'./faces'"
+        ValueError,
+        match="dataset='faces' is not known: .*give a folder of pictures as a path.*'./faces'",
     ):
         TrainConfig(dataset="faces")
 
 
 def test_a_border_leaves_a_pixel():
     assert TrainConfig(image_size=28, pad=13).pad == 13
-    with pytest.raises(ValueError, match="pad=14 is outside 0 … 13: the nearest allowed value is 13"):
+    with pytest.raises(
+        ValueError, match="pad=14 is outside 0 … 13: the nearest allowed value is 13"
+    ):
         TrainConfig(image_size=28, pad=14)
 
 
@@ -153,8 +203,19 @@ def test_differences_name_the_field_and_both_values(field):
 
 
 def test_what_decides_the_meaning_of_weights():
-    network = set(TrainConfig().network()) - {"dropout"}  # which leaves no trace in the weights' shapes or use
-    others = {"dataset", "image_size", "pad", "data_range", "timesteps", "schedule", "beta_scale", "target", "model"}
+    # which leaves no trace in the weights' shapes or use
+    network = set(TrainConfig().network()) - {"dropout"}
+    others = {
+        "dataset",
+        "image_size",
+        "pad",
+        "data_range",
+        "timesteps",
+        "schedule",
+        "beta_scale",
+        "target",
+        "model",
+    }
     assert network | others <= set(config.WEIGHT_FIELDS)
 
 
@@ -170,7 +231,9 @@ def test_network_and_noise_are_what_the_two_builders_take():
     assert set(TrainConfig().noise()) == set(inspect.signature(schedules.make_schedule).parameters)
 
 
-@pytest.mark.parametrize(("epochs", "images", "batch", "steps"), [(2, 100, 10, 20), (0.5, 100, 10, 5), (1e-6, 3, 4, 1)])
+@pytest.mark.parametrize(
+    ("epochs", "images", "batch", "steps"), [(2, 100, 10, 20), (0.5, 100, 10, 5), (1e-6, 3, 4, 1)]
+)
 def test_steps(epochs, images, batch, steps):
     assert TrainConfig(epochs=epochs, batch_size=batch).steps(images) == steps
 
@@ -192,18 +255,28 @@ def test_fast_mode_keeps_the_total_noise_of_the_linear_schedule(monkeypatch, tim
     full = TrainConfig(schedule="linear", timesteps=timesteps, beta_scale=1000 / timesteps)
     fast = config.for_this_run(full)
     assert fast.timesteps == min(timesteps, 50)
-    noise = [-math.log(schedules.make_schedule(**cfg.noise()).alpha_bars[-1]) for cfg in (full, fast)]
+    noise = [
+        -math.log(schedules.make_schedule(**cfg.noise()).alpha_bars[-1]) for cfg in (full, fast)
+    ]
     assert noise[1] == pytest.approx(noise[0], rel=0.2)
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"groups": 2, "heads": 16}, {"widths": (64, 128, 256), "attention_levels": (1, 2)}, {"heads": 32}]
+    "changes",
+    [
+        {},
+        {"groups": 2, "heads": 16},
+        {"widths": (64, 128, 256), "attention_levels": (1, 2)},
+        {"heads": 32},
+    ],
 )
 def test_fast_mode_shrinks_any_valid_network_to_a_valid_one(monkeypatch, changes):
     monkeypatch.setenv("DDPM_FAST", "1")
     full = TrainConfig(**changes)
     fast = config.for_this_run(full)
-    small, large = (sum(p.numel() for p in UNet(**cfg.network()).parameters()) for cfg in (fast, full))
+    small, large = (
+        sum(p.numel() for p in UNet(**cfg.network()).parameters()) for cfg in (fast, full)
+    )
     assert small <= large and len(fast.widths) == len(full.widths)
     assert fast.steps(1000) < 100
 
@@ -211,7 +284,9 @@ def test_fast_mode_shrinks_any_valid_network_to_a_valid_one(monkeypatch, changes
 @pytest.mark.parametrize("model", ["anime", "article", "guide", "mnist32"])
 def test_fast_mode_shows_the_gallery_few_and_small_pictures_of_a_size_it_takes(monkeypatch, model):
     monkeypatch.setenv("DDPM_FAST", "1")
-    full = TrainConfig(model=model, image_size=28 if model == "article" else 48, pad=0 if model == "article" else 8)
+    full = TrainConfig(
+        model=model, image_size=28 if model == "article" else 48, pad=0 if model == "article" else 8
+    )
     fast = config.for_this_run(full)
     assert fast.image_size == (28 if model == "article" else 8) and fast.image_size > 2 * fast.pad
     assert fast.steps(60_000) <= 3 and config.for_this_run(fast) == fast

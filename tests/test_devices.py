@@ -1,4 +1,6 @@
-"""What a GPU would refuse, found without one: float64 on Apple's GPUs, other devices' random numbers, memory layouts."""
+"""What a GPU would refuse, found without one: float64 on Apple's GPUs, other devices' random
+numbers, memory layouts.
+"""
 
 import inspect
 
@@ -29,12 +31,15 @@ class OnApple(Tensor):
     @classmethod
     def __torch_function__(cls, function, types, arguments=(), named=None):
         out = super().__torch_function__(function, types, arguments, named or {})
-        to_cpu = function.__name__ == "cpu" or (function.__name__ == "to" and "cpu" in map(str, arguments[1:]))
+        to_cpu = function.__name__ == "cpu" or (
+            function.__name__ == "to" and "cpu" in map(str, arguments[1:])
+        )
         if isinstance(out, OnApple) and to_cpu:
             return out.as_subclass(Tensor)
         if isinstance(out, OnApple) and out.dtype == torch.float64:
             raise TypeError(
-                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't "
+                "support float64."
             )
         return out
 
@@ -47,7 +52,9 @@ def apple(tensor) -> OnApple:
 def schedule():
     """The cosine schedule with its three vectors on the pretended device."""
     made = make_schedule("cosine", 100)
-    made.betas, made.alphas, made.alpha_bars = map(apple, (made.betas, made.alphas, made.alpha_bars))
+    made.betas, made.alphas, made.alpha_bars = map(
+        apple, (made.betas, made.alphas, made.alpha_bars)
+    )
     return made
 
 
@@ -96,7 +103,9 @@ def test_a_wrong_answer_on_the_device_is_told_as_such(module, name):
         return (one, one) if pair else one
 
     verdict = getattr(module, name)(answer)
-    assert verdict.passed is False and "float64" not in verdict.words and "MPS" not in verdict.words, verdict
+    assert (
+        verdict.passed is False and "float64" not in verdict.words and "MPS" not in verdict.words
+    ), verdict
 
 
 def even_betas(timesteps, last_std):
@@ -105,11 +114,15 @@ def even_betas(timesteps, last_std):
     return 1 - alpha_bars[1:] / alpha_bars[:-1]
 
 
-@pytest.mark.parametrize("value", [3, 0.1, [0.1, 0.2], torch.tensor([0.1, 0.2]), apple([0.1, 0.2])], ids=str)
+@pytest.mark.parametrize(
+    "value", [3, 0.1, [0.1, 0.2], torch.tensor([0.1, 0.2]), apple([0.1, 0.2])], ids=str
+)
 def test_answers_become_float64_on_the_cpu(value):
     got = float64(value)
     assert type(got) is Tensor and got.dtype == torch.float64 and got.device.type == "cpu"
-    assert torch.allclose(got, torch.tensor(value if isinstance(value, int | float) else [0.1, 0.2]).double())
+    assert torch.allclose(
+        got, torch.tensor(value if isinstance(value, int | float) else [0.1, 0.2]).double()
+    )
 
 
 def test_a_list_keeps_all_its_digits():
@@ -130,14 +143,20 @@ def test_exact_denoisers_are_fitted_on_the_device(schedule):
     t = torch.arange(50)
     assert torch.allclose(there(apple(x0), t).as_subclass(Tensor), here(x0, t), atol=1e-5)
     network = as_network(there, schedule, "v")
-    assert torch.allclose(network(apple(x0), t).as_subclass(Tensor), as_network(here, on_cpu, "v")(x0, t), atol=1e-5)
+    assert torch.allclose(
+        network(apple(x0), t).as_subclass(Tensor), as_network(here, on_cpu, "v")(x0, t), atol=1e-5
+    )
     back = Denoiser(network, schedule, "v", clamp=False)(apple(x0), t)
-    assert type(back) is OnApple and torch.allclose(back.as_subclass(Tensor), here(x0, t), atol=1e-5)
+    assert type(back) is OnApple and torch.allclose(
+        back.as_subclass(Tensor), here(x0, t), atol=1e-5
+    )
 
 
 def test_metrics_take_tensors_on_the_device():
     a, b = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0))
-    assert evaluation.frechet_distance(apple(a), apple(b)) == pytest.approx(evaluation.frechet_distance(a, b), rel=1e-5)
+    assert evaluation.frechet_distance(apple(a), apple(b)) == pytest.approx(
+        evaluation.frechet_distance(a, b), rel=1e-5
+    )
     assert evaluation.precision_recall(apple(a), apple(b)) == evaluation.precision_recall(a, b)
     assert evaluation.coverage(apple(a), apple(b)) == evaluation.coverage(a, b)
     distances, indices = evaluation.nearest_neighbours(apple(a), apple(b), k=2)
@@ -151,14 +170,19 @@ def test_metrics_take_tensors_on_the_device():
 
 
 def test_training_a_classifier_leaves_every_generator_as_it_was(monkeypatch):
-    """`torch.manual_seed` reseeds the GPUs as well; a GPU's state cannot be seen here, but the call can."""
+    """`torch.manual_seed` reseeds the GPUs as well; a GPU's state cannot be seen here, but the call
+    can.
+    """
     calls = []
     monkeypatch.setattr(torch, "manual_seed", lambda seed: calls.append(seed))
     before = torch.get_rng_state()
     images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
     before = torch.get_rng_state()
     first, second = (
-        evaluation.train_classifier(images, torch.arange(40) % 2, 2, epochs=1, batch_size=20, seed=3) for _ in "ab"
+        evaluation.train_classifier(
+            images, torch.arange(40) % 2, 2, epochs=1, batch_size=20, seed=3
+        )
+        for _ in "ab"
     )
     assert torch.equal(torch.get_rng_state(), before) and not calls
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
@@ -168,7 +192,8 @@ def test_training_a_classifier_leaves_every_generator_as_it_was(monkeypatch):
 def test_the_random_state_of_an_apple_gpu_is_in_the_checkpoint(tiny, net, tmp_path, monkeypatch):
     cfg = tiny()
     state = training.TrainState(cfg, net(cfg))
-    state.device = torch.device("mps")  # for the checkpoint, which asks where the random numbers come from
+    # for the checkpoint, which asks where the random numbers come from
+    state.device = torch.device("mps")
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.arange(4, dtype=torch.uint8))
     checkpoints.save(tmp_path / "last.pt", state)
     restored = []
@@ -210,7 +235,11 @@ def test_no_layout_is_chosen_anywhere_else():
     from pathlib import Path
 
     package = Path(runtime.__file__).parent
-    found = [path.name for path in package.rglob("*.py") if "channels_last" in path.read_text(encoding="utf-8")]
+    found = [
+        path.name
+        for path in package.rglob("*.py")
+        if "channels_last" in path.read_text(encoding="utf-8")
+    ]
     assert found == ["runtime.py"]
 
 
@@ -229,7 +258,9 @@ def test_an_old_gpu_gets_fewer_passes_and_float32(monkeypatch):
 def test_a_streamed_batch_is_picked_on_the_cpu(tiny, net, monkeypatch):
     """Its indices never visit the device, so that a GPU is not waited for at every step."""
     asked, cfg = [], tiny(epochs=1)
-    images = torch.randint(0, 256, (24, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (24, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
     class Streamed:
         shape, digests = images.shape, []
@@ -255,7 +286,8 @@ def test_a_streamed_batch_is_picked_on_the_cpu(tiny, net, monkeypatch):
         lambda n, step, cfg, device="cpu": devices.append(str(device)) or indices(n, step, cfg),
     )
     state = training.TrainState(cfg, net(cfg))
-    state.device = torch.device("cpu", 0)  # written "cpu:0", so that it can be told from the default
+    # written "cpu:0", so that it can be told from the default
+    state.device = torch.device("cpu", 0)
     list(runs.train(state, Streamed()))
     assert len(asked) == 6 and set(devices) == {"cpu"}
     devices.clear()

@@ -55,8 +55,12 @@ def test_forward_and_velocity_agree_with_diffusers(name):
     schedule, t = make_schedule(name, T), torch.arange(T)
     x0, eps = draws(T, torch.float32)
     tolerance = {"rtol": 0, "atol": T * EPS}
-    torch.testing.assert_close(q_sample(schedule, x0, t, eps), theirs.add_noise(x0, eps, t), **tolerance)
-    torch.testing.assert_close(velocity(schedule, x0, t, eps), theirs.get_velocity(x0, eps, t), **tolerance)
+    torch.testing.assert_close(
+        q_sample(schedule, x0, t, eps), theirs.add_noise(x0, eps, t), **tolerance
+    )
+    torch.testing.assert_close(
+        velocity(schedule, x0, t, eps), theirs.get_velocity(x0, eps, t), **tolerance
+    )
 
 
 @pytest.mark.parametrize("variance", THEIR_VARIANCE)
@@ -64,19 +68,26 @@ def test_forward_and_velocity_agree_with_diffusers(name):
 @pytest.mark.parametrize("target", THEIR_TARGET)
 @pytest.mark.parametrize("name", BETAS)
 def test_reverse_step_agrees_with_diffusers(name, target, clamp, variance):
-    """With the same float64 alpha_bars on both sides, so that nothing but the formula is compared; noise of the same seed."""
+    """With the same float64 alpha_bars on both sides, so that nothing but the formula is compared;
+    noise of the same seed.
+    """
     schedule = exact(BETAS[name](T))
     theirs = DDPMScheduler(
-        num_train_timesteps=T, beta_schedule=THEIR_SCHEDULE[name], prediction_type=THEIR_TARGET[target],
-        clip_sample=clamp, variance_type=THEIR_VARIANCE[variance],
-    )  # fmt: skip
+        num_train_timesteps=T,
+        beta_schedule=THEIR_SCHEDULE[name],
+        prediction_type=THEIR_TARGET[target],
+        clip_sample=clamp,
+        variance_type=THEIR_VARIANCE[variance],
+    )
     theirs.alphas_cumprod = schedule.alpha_bars
     x_t, prediction = draws(4, seed=1)[1] * 1.5, draws(4, seed=2)[1]
     for step in (0, 1, 2, 10, T // 2, T - 2, T - 1):
         expected = theirs.step(prediction, step, x_t, generator=torch.Generator().manual_seed(step))
         denoise = Denoiser(lambda x, t, y: prediction, schedule, target, clamp)
         generator = torch.Generator().manual_seed(step)
-        x_prev, x0_hat = p_sample(denoise, schedule, x_t, torch.full((4,), step), variance, generator)
+        x_prev, x0_hat = p_sample(
+            denoise, schedule, x_t, torch.full((4,), step), variance, generator
+        )
         torch.testing.assert_close(x0_hat, expected.pred_original_sample, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(x_prev, expected.prev_sample, rtol=1e-9, atol=1e-9)
 
@@ -86,7 +97,9 @@ def test_reverse_step_agrees_with_diffusers(name, target, clamp, variance):
 
 @pytest.mark.parametrize("name", BETAS)
 def test_one_jump_equals_small_steps(name):
-    """Mean and variance of x_t, carried step by step through q(x_t | x_{t−1}) = N(√alpha x_{t−1}, beta)."""
+    """Mean and variance of x_t, carried step by step through q(x_t | x_{t−1}) = N(√alpha x_{t−1},
+    beta).
+    """
     betas = BETAS[name](T)
     schedule, t = exact(betas), torch.arange(T)
     mean, var, means, variances = 1.0, 0.0, [], []
@@ -96,8 +109,12 @@ def test_one_jump_equals_small_steps(name):
         variances.append(var)
     one, zero = torch.ones(T, 1, dtype=torch.float64), torch.zeros(T, 1, dtype=torch.float64)
     signal, noise = q_sample(schedule, one, t, zero), q_sample(schedule, zero, t, one)
-    torch.testing.assert_close(signal[:, 0], torch.tensor(means, dtype=torch.float64), rtol=1e-9, atol=0)
-    torch.testing.assert_close(noise[:, 0] ** 2, torch.tensor(variances, dtype=torch.float64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        signal[:, 0], torch.tensor(means, dtype=torch.float64), rtol=1e-9, atol=0
+    )
+    torch.testing.assert_close(
+        noise[:, 0] ** 2, torch.tensor(variances, dtype=torch.float64), rtol=1e-9, atol=0
+    )
 
 
 def test_each_image_gets_its_own_t():
@@ -106,7 +123,9 @@ def test_each_image_gets_its_own_t():
     t = torch.tensor([0, 500, 999])
     together = q_sample(schedule, x0, t, eps)
     for i in range(3):
-        assert torch.equal(together[i : i + 1], q_sample(schedule, x0[i : i + 1], t[i : i + 1], eps[i : i + 1]))
+        assert torch.equal(
+            together[i : i + 1], q_sample(schedule, x0[i : i + 1], t[i : i + 1], eps[i : i + 1])
+        )
 
 
 # ---- round trips, at every t
@@ -115,11 +134,15 @@ def test_each_image_gets_its_own_t():
 @pytest.mark.parametrize("target", THEIR_TARGET)
 @pytest.mark.parametrize("name", BETAS)
 def test_prediction_to_x0_at_every_t(name, target):
-    """Dividing by √ᾱ makes the rounding of √(1−ᾱ)·eps grow: three digits go at the end of the cosine. From v, none do."""
+    """Dividing by √ᾱ makes the rounding of √(1−ᾱ)·eps grow: three digits go at the end of the
+    cosine. From v, none do.
+    """
     schedule, t = make_schedule(name, T), torch.arange(T)
     x0, eps = draws(T, torch.float32)
     x_t = q_sample(schedule, x0, t, eps)
-    error = (predict_x0(schedule, x_t, t, training_target(schedule, x0, t, eps, target), target) - x0).abs()
+    error = (
+        predict_x0(schedule, x_t, t, training_target(schedule, x0, t, eps, target), target) - x0
+    ).abs()
     ab = column(schedule.alpha_bars.double())
     growth = ((1 - ab) / ab).sqrt() if target == "eps" else torch.zeros_like(ab)
     assert (error <= 8 * EPS * (1 + growth)).all()
@@ -128,7 +151,10 @@ def test_prediction_to_x0_at_every_t(name, target):
 @pytest.mark.parametrize("target", THEIR_TARGET)
 @pytest.mark.parametrize("name", BETAS)
 def test_prediction_to_eps_at_every_t(name, target):
-    """The prediction → x0 → eps. Dividing by √(1−ᾱ) makes the rounding of x_t count most where there is little noise."""
+    """The prediction → x0 → eps.
+
+    Dividing by √(1−ᾱ) makes the rounding of x_t count most where there is little noise.
+    """
     schedule, t = make_schedule(name, T), torch.arange(T)
     x0, eps = draws(T, torch.float32)
     x_t = q_sample(schedule, x0, t, eps)
@@ -142,7 +168,9 @@ def test_v_is_the_derivative_along_the_circle():
     schedule, t = exact(cosine_betas(T)), torch.arange(T)
     x0, eps = draws(T)
     phi = column(schedule.alpha_bars.sqrt().acos())
-    torch.testing.assert_close(velocity(schedule, x0, t, eps), -phi.sin() * x0 + phi.cos() * eps, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        velocity(schedule, x0, t, eps), -phi.sin() * x0 + phi.cos() * eps, rtol=1e-9, atol=1e-9
+    )
 
 
 # ---- the posterior
@@ -150,7 +178,10 @@ def test_v_is_the_derivative_along_the_circle():
 
 @pytest.mark.parametrize("name", BETAS)
 def test_posterior_is_the_product_of_two_gaussians(name):
-    """Bayes in closed form: precisions add. q(x_{t−1} | x0) = N(√ᾱ' x0, 1 − ᾱ') and q(x_t | x_{t−1}) = N(√α x_{t−1}, β)."""
+    """Bayes in closed form: precisions add.
+
+    q(x_{t−1} | x0) = N(√ᾱ' x0, 1 − ᾱ') and q(x_t | x_{t−1}) = N(√α x_{t−1}, β).
+    """
     schedule, t = exact(BETAS[name](T)), torch.arange(1, T)
     x0, x_t = (v[:, :, 0, 0] for v in draws(T - 1))
     beta, alpha = schedule.betas[1:, None], schedule.alphas[1:, None]
@@ -164,14 +195,20 @@ def test_posterior_is_the_product_of_two_gaussians(name):
 
 @pytest.mark.parametrize("step", [1, 2, 10, 30, 49])
 def test_posterior_is_bayes_on_a_grid(step):
-    """Bayes by brute force: multiply the two densities on a grid, normalise, and take the moments."""
+    """Bayes by brute force: multiply the two densities on a grid,
+    normalise, and take the moments.
+    """
     schedule = exact(cosine_betas(50))
     x0, x_t = 0.6, -0.3
     grid = torch.linspace(-12, 12, 400_001, dtype=torch.float64)
-    alpha, beta, ab_prev = schedule.alphas[step], schedule.betas[step], schedule.alpha_bars[step - 1]
-    log_density = -((grid - ab_prev.sqrt() * x0) ** 2) / (2 * (1 - ab_prev)) - (x_t - alpha.sqrt() * grid) ** 2 / (
-        2 * beta
+    alpha, beta, ab_prev = (
+        schedule.alphas[step],
+        schedule.betas[step],
+        schedule.alpha_bars[step - 1],
     )
+    log_density = -((grid - ab_prev.sqrt() * x0) ** 2) / (2 * (1 - ab_prev)) - (
+        x_t - alpha.sqrt() * grid
+    ) ** 2 / (2 * beta)
     weight = log_density.softmax(0)
     mean = (weight * grid).sum()
     var = (weight * (grid - mean) ** 2).sum()
@@ -183,7 +220,9 @@ def test_posterior_is_bayes_on_a_grid(step):
 
 @pytest.mark.parametrize("name", BETAS)
 def test_posterior_in_float32(name):
-    """1 − ᾱ holds a rounding of ᾱ, eps relative to it: the price of float32, paid where there is little noise."""
+    """1 − ᾱ holds a rounding of ᾱ, eps relative to it: the price of float32, paid where there is
+    little noise.
+    """
     betas, t = BETAS[name](T), torch.arange(T)
     x0, x_t = draws(T, torch.float32)
     mean, var = q_posterior(NoiseSchedule(betas), x0, x_t, t)
@@ -197,10 +236,13 @@ def test_posterior_in_float32(name):
 
 
 @pytest.mark.parametrize(
-    "name, timesteps, scale", [("linear", T, 1), ("linear", 100, 10), ("cosine", T, 1), ("cosine", 50, 1)]
+    "name, timesteps, scale",
+    [("linear", T, 1), ("linear", 100, 10), ("cosine", T, 1), ("cosine", 50, 1)],
 )
 def test_posterior_at_the_last_step_is_x0_itself(name, timesteps, scale):
-    """At t = 0 the answer is x0, without noise: exactly, so that a picture in [−1, 1] stays there."""
+    """At t = 0 the answer is x0, without noise: exactly, so that a picture
+    in [−1, 1] stays there.
+    """
     schedule, t = make_schedule(name, timesteps, scale), torch.zeros(4, dtype=torch.long)
     x0, x_t = draws(4, torch.float32)
     x0[0, 0, 0, :2] = torch.tensor([-1.0, 1.0])
@@ -287,7 +329,11 @@ def test_reverse_step_of_a_plain_denoiser_is_a_draw_around_its_x0_hat():
         return x0_hat
 
     x_prev, found = p_sample(denoise, schedule, x_t, t, "beta", torch.Generator().manual_seed(3), y)
-    assert found is x0_hat and len(seen) == 1 and all(a is b for a, b in zip(seen[0], (x_t, t, y), strict=True))
+    assert (
+        found is x0_hat
+        and len(seen) == 1
+        and all(a is b for a, b in zip(seen[0], (x_t, t, y), strict=True))
+    )
     mean, var = p_mean_variance(schedule, x0_hat, x_t, t, "beta")
     noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(3), dtype=x_t.dtype)
     torch.testing.assert_close(x_prev, mean + var.sqrt() * noise)
@@ -361,7 +407,9 @@ def test_a_denoiser_s_network_is_a_part_of_it():
 
 @pytest.mark.parametrize("target", THEIR_TARGET)
 def test_loss_is_the_mean_squared_error_at_x_t(target):
-    """A model that answers 0 loses the mean square of its target; one that knows x0 and eps loses nothing; both see x_t, t, y."""
+    """A model that answers 0 loses the mean square of its target; one that knows x0 and eps loses
+    nothing; both see x_t, t, y.
+    """
     schedule, t, y = exact(cosine_betas(T)), torch.tensor([0, 300, 999]), torch.tensor([1, 2, 3])
     x0, eps = draws(3)
     wanted = {"eps": eps, "x0": x0, "v": velocity(schedule, x0, t, eps)}[target]
@@ -389,7 +437,9 @@ def test_a_batch_that_covers_the_range_draws_every_t_equally_often(n, timesteps)
 
 @pytest.mark.parametrize("n", [1, 3, 7, 32])
 def test_every_t_is_drawn_with_the_same_chance(n):
-    """20,000 draws over 10 timesteps; spreading a batch evenly can only make the counts steadier than independent draws."""
+    """20,000 draws over 10 timesteps; spreading a batch evenly can only make the counts steadier
+    than independent draws.
+    """
     timesteps, g = 10, torch.Generator().manual_seed(0)
     t = torch.cat([sample_timesteps(n, timesteps, g) for _ in range(20_000 // n)])
     share = t.bincount(minlength=timesteps) / len(t)
@@ -407,7 +457,8 @@ def test_a_batch_is_spread_evenly_but_its_order_tells_nothing():
 
 
 @pytest.mark.parametrize(
-    "bad, message", [(10, "t holds 10 … 10, .* 0 … 9"), (-1, "t holds -1 … -1, .* 0 … 9"), (1.0, "use torch.long")]
+    "bad, message",
+    [(10, "t holds 10 … 10, .* 0 … 9"), (-1, "t holds -1 … -1, .* 0 … 9"), (1.0, "use torch.long")],
 )
 def test_every_function_refuses_a_bad_t(bad, message):
     schedule, x, t = make_schedule("cosine", 10), torch.zeros(1, 1, 2, 2), torch.tensor([bad])
@@ -435,11 +486,15 @@ def test_refuses_an_unknown_target_or_variance():
         lambda: p_sample(Denoiser(lambda x, t, y: x, schedule, "noise"), schedule, x, t),
         lambda: diffusion_loss(lambda x, t, y: x, schedule, x, t, x, "noise"),
     ):
-        with pytest.raises(ValueError, match="target='noise' is not known: choose 'eps', 'x0' or 'v'"):
+        with pytest.raises(
+            ValueError, match="target='noise' is not known: choose 'eps', 'x0' or 'v'"
+        ):
             call()
     for call in (
         lambda: p_mean_variance(schedule, x, x, t, "large"),
         lambda: p_sample(Denoiser(lambda x, t, y: x, schedule), schedule, x, t, "large"),
     ):
-        with pytest.raises(ValueError, match="variance='large' is not known: choose 'beta_tilde' or 'beta'"):
+        with pytest.raises(
+            ValueError, match="variance='large' is not known: choose 'beta_tilde' or 'beta'"
+        ):
             call()

@@ -32,7 +32,9 @@ def test_conda_and_pip_agree():
 
 def test_doctor_knows_the_floors():
     found = {Requirement(line).name: str(Requirement(line).specifier) for line in FLOORS}
-    assert found | {"jupyterlab": requirements("requirements.txt")["jupyterlab"]} == requirements("requirements.txt")
+    assert found | {"jupyterlab": requirements("requirements.txt")["jupyterlab"]} == requirements(
+        "requirements.txt"
+    )
 
 
 def test_floors_are_lower_bounds():
@@ -45,7 +47,10 @@ def test_readme_lists_every_lesson_with_its_badge():
     linked = set(re.findall(r"notebooks/(\d\d_\w+)\.ipynb", README))
     assert linked == set(lesson_names())
     for name in lesson_names():
-        assert f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{name}.ipynb" in README
+        assert (
+            f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{name}.ipynb"
+            in README
+        )
         title = read_lesson(name).cells[0].source.splitlines()[0].split("·", 1)[1].strip()
         assert title.lower() in README.lower()
 
@@ -70,7 +75,9 @@ def test_a_wheel_holds_the_package_with_its_weights_and_asks_for_what_it_needs(t
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "ddpm_utils", source / "ddpm_utils", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "ddpm_utils", source / "ddpm_utils", ignore=shutil.ignore_patterns("__pycache__")
+    )
     wheel = [
         sys.executable,
         "-m",
@@ -88,7 +95,9 @@ def test_a_wheel_holds_the_package_with_its_weights_and_asks_for_what_it_needs(t
     with zipfile.ZipFile(built) as file:
         names = set(file.namelist())
         metadata = next(file.read(name).decode() for name in names if name.endswith("/METADATA"))
-    code_and_weights = [path for end in ("py", "pt", "json") for path in (source / "ddpm_utils").rglob(f"*.{end}")]
+    code_and_weights = [
+        path for end in ("py", "pt", "json") for path in (source / "ddpm_utils").rglob(f"*.{end}")
+    ]
     inside = {name for name in names if ".dist-info/" not in name}
     assert inside == {path.relative_to(source).as_posix() for path in code_and_weights}
     needed = set(re.findall(r"^Requires-Dist: ([\w-]+)", metadata, flags=re.MULTILINE))
@@ -100,4 +109,8 @@ def test_nothing_generated_is_tracked():
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert not [name for name in tracked if name.split("/")[0] in GENERATED]
-    assert not [name for name in tracked if (ROOT / name).is_file() and (ROOT / name).stat().st_size > 4_000_000]
+    assert not [
+        name
+        for name in tracked
+        if (ROOT / name).is_file() and (ROOT / name).stat().st_size > 4_000_000
+    ]

@@ -20,7 +20,9 @@ from ddpm_utils.cli import doctor
 
 @pytest.fixture
 def versions(monkeypatch):
-    """Change the versions that the doctor sees: versions({"torch": "2.3.0"}); None takes a package away."""
+    """Change the versions that the doctor sees: versions({"torch": "2.3.0"}); None takes a package
+    away.
+    """
     real = importlib.metadata.version
 
     def pretend(changes):
@@ -40,8 +42,12 @@ def test_a_sound_installation_is_well(own_folders, capsys):
     assert "All is well" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("found", "words"), [(None, "einops is missing"), ("0.7.0", "einops is 0.7.0")])
-def test_a_missing_or_old_package_is_named_with_its_cure(own_folders, versions, capsys, found, words):
+@pytest.mark.parametrize(
+    ("found", "words"), [(None, "einops is missing"), ("0.7.0", "einops is 0.7.0")]
+)
+def test_a_missing_or_old_package_is_named_with_its_cure(
+    own_folders, versions, capsys, found, words
+):
     versions({"einops": found})
     assert command.main(["doctor"]) == 1
     out = capsys.readouterr().out
@@ -52,7 +58,10 @@ def test_a_torchvision_made_for_another_torch_is_named_with_its_cure(versions, m
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["numpy", "torch==2.3.0"])
     versions({"torch": "2.11.0", "torchvision": "0.18.0"})
     (problem,) = doctor.check_pair()
-    assert "torchvision 0.18.0 wants torch==2.3.0" in problem and "--force-reinstall torch torchvision" in problem
+    assert (
+        "torchvision 0.18.0 wants torch==2.3.0" in problem
+        and "--force-reinstall torch torchvision" in problem
+    )
 
 
 @pytest.fixture
@@ -64,7 +73,9 @@ def quick(own_folders, monkeypatch):
 
 @pytest.fixture
 def small_set(quick, monkeypatch, tmp_path):
-    """The small set of test_data in place of both published ones; call it to write it below a folder."""
+    """The small set of test_data in place of both published ones; call it to write it below a
+    folder.
+    """
     published = test_data.write_set(tmp_path / "pattern")
     monkeypatch.setattr(data, "CONTENTS", {"fashion_mnist": published, "mnist": published})
 
@@ -103,12 +114,20 @@ def test_a_set_that_is_not_whole_is_named_with_its_files(
     else:
         (folder / LABELS).write_bytes(b"torn" if fault == "damaged" else POINTER)
     problem = problem_of(capsys)
-    assert f"Fashion-MNIST in {folder} is not whole" in problem and "put the published files there" in problem
-    assert f"{'missing' if fault == 'missing' else 'damaged'}: {LABELS}" in problem and IMAGES not in problem
+    assert (
+        f"Fashion-MNIST in {folder} is not whole" in problem
+        and "put the published files there" in problem
+    )
+    assert (
+        f"{'missing' if fault == 'missing' else 'damaged'}: {LABELS}" in problem
+        and IMAGES not in problem
+    )
 
 
 @pytest.mark.parametrize("there", ["nothing", "a file", "an empty folder", "the raw folder itself"])
-def test_a_named_data_folder_that_holds_no_set_is_told(small_set, monkeypatch, tmp_path, capsys, there):
+def test_a_named_data_folder_that_holds_no_set_is_told(
+    small_set, monkeypatch, tmp_path, capsys, there
+):
     named = tmp_path / "mine"
     if there == "a file":
         named.write_text("")
@@ -139,7 +158,9 @@ def test_a_folder_that_cannot_be_made_is_told_with_its_variable(
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
-def test_a_checkout_that_cannot_be_written_to_is_told_with_three_cures(quick, monkeypatch, capsys, number):
+def test_a_checkout_that_cannot_be_written_to_is_told_with_three_cures(
+    quick, monkeypatch, capsys, number
+):
     def fail(dir=None, **options):
         raise OSError(number, os.strerror(number), str(dir))
 
@@ -168,7 +189,9 @@ WEIGHTS = ["mnist.pt", "classifier_mnist.pt", "mnist.json"]
 @pytest.fixture
 def shelf(own_folders, monkeypatch, tmp_path):
     """A copy of the shipped weights and their cards."""
-    monkeypatch.setattr(pretrained, "FOLDER", shutil.copytree(pretrained.FOLDER, tmp_path / "shelf"))
+    monkeypatch.setattr(
+        pretrained, "FOLDER", shutil.copytree(pretrained.FOLDER, tmp_path / "shelf")
+    )
     return tmp_path / "shelf"
 
 
@@ -187,7 +210,9 @@ def test_weights_that_cannot_be_used_are_named_with_their_cure(shelf, capsys, fi
     if fault == "missing":
         path.unlink()
     else:
-        path.write_bytes({"pointer": POINTER, "damaged": path.read_bytes()[:300], "empty": b""}[fault])
+        path.write_bytes(
+            {"pointer": POINTER, "damaged": path.read_bytes()[:300], "empty": b""}[fault]
+        )
     problem = problem_of(capsys)
     assert re.search(f"{path.stem}.*{words}", problem) and problem.count("take it from") <= 1
 
@@ -211,7 +236,10 @@ def test_a_home_that_does_not_exist_is_told_once(quick, monkeypatch, capsys, var
 
 def test_it_works_without_torch(tmp_path):
     """Where torch is missing, the doctor is what says so: in a process that cannot import it."""
-    code = "import sys; sys.modules['torch'] = None; from ddpm_utils.__main__ import main; sys.exit(main(['doctor']))"
+    code = (
+        "import sys; sys.modules['torch'] = None; from ddpm_utils.__main__ import main; "
+        "sys.exit(main(['doctor']))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -219,4 +247,9 @@ def test_it_works_without_torch(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1 and "torch" in done.stdout and "To fix:" in done.stdout and done.stderr == ""
+    assert (
+        done.returncode == 1
+        and "torch" in done.stdout
+        and "To fix:" in done.stdout
+        and done.stderr == ""
+    )

@@ -1,4 +1,6 @@
-"""The sinusoidal embedding against diffusers, against its formula in float64, and its two geometric properties."""
+"""The sinusoidal embedding against diffusers, against its formula in float64, and its two geometric
+properties.
+"""
 
 import pytest
 import torch
@@ -15,11 +17,17 @@ pytestmark = pytest.mark.usefixtures("same_numbers_every_time")
 @pytest.mark.parametrize("dim", [2, 4, 32, 128])
 @pytest.mark.parametrize("max_period", [10_000, 100])
 def test_agrees_with_diffusers(dim, max_period):
-    """Sines first, and frequencies that stop one short of 1 / max_period: downscale_freq_shift=0, as in the Transformer."""
+    """Sines first, and frequencies that stop one short of 1 / max_period: downscale_freq_shift=0,
+    as in the Transformer.
+    """
     t = torch.arange(1000)
-    theirs = get_timestep_embedding(t, dim, flip_sin_to_cos=False, downscale_freq_shift=0, max_period=max_period)
+    theirs = get_timestep_embedding(
+        t, dim, flip_sin_to_cos=False, downscale_freq_shift=0, max_period=max_period
+    )
     # An angle of up to 1000 carries a few roundings of the frequency.
-    torch.testing.assert_close(sinusoidal_embedding(t, dim, max_period), theirs, rtol=0, atol=4 * EPS * 1000)
+    torch.testing.assert_close(
+        sinusoidal_embedding(t, dim, max_period), theirs, rtol=0, atol=4 * EPS * 1000
+    )
 
 
 @pytest.mark.parametrize("dim", [2, 6, 64])
@@ -28,7 +36,9 @@ def test_is_the_formula_in_float64(dim):
     i = torch.arange(dim // 2, dtype=torch.float64)
     angles = t[:, None] * 10_000 ** (-2 * i / dim)
     expected = torch.cat([angles.sin(), angles.cos()], dim=1)
-    torch.testing.assert_close(sinusoidal_embedding(t, dim).double(), expected, rtol=0, atol=4 * EPS * 1000)
+    torch.testing.assert_close(
+        sinusoidal_embedding(t, dim).double(), expected, rtol=0, atol=4 * EPS * 1000
+    )
 
 
 def test_dot_product_depends_on_the_distance_only():

@@ -1,4 +1,6 @@
-"""The ruler against closed forms, torchmetrics, brute force, and sets built so that the answer is known."""
+"""The ruler against closed forms, torchmetrics, brute force, and sets built so that the answer is
+known.
+"""
 
 import json
 import math
@@ -51,7 +53,9 @@ def digits():
 
 @pytest.fixture(scope="module")
 def classifier(digits):
-    """A classifier of the digits, trained for a second: enough to have dead features like the shipped ones."""
+    """A classifier of the digits, trained for a second: enough to have dead features like the
+    shipped ones.
+    """
     return train_classifier(digits[0].images, digits[0].labels, epochs=2)
 
 
@@ -69,11 +73,19 @@ def test_the_shipped_classifiers_are_right_as_often_as_promised(monkeypatch, dat
     if not all((raw / file).is_file() for file in data.FILES["test"]):
         pytest.skip(f"{data.TITLES[dataset]} is not on disk")
     monkeypatch.setenv("DDPM_DATA_DIR", str(REAL))
-    test_set, model = data.load_images(dataset, "test", say=False), pretrained.load_classifier(dataset)
-    right = class_probabilities(model, extract_features(model, test_set.images)).argmax(dim=1) == test_set.labels
+    test_set, model = (
+        data.load_images(dataset, "test", say=False),
+        pretrained.load_classifier(dataset),
+    )
+    right = (
+        class_probabilities(model, extract_features(model, test_set.images)).argmax(dim=1)
+        == test_set.labels
+    )
     accuracy = right.double().mean().item()
     assert accuracy >= bar
-    assert accuracy == pytest.approx(pretrained.card(f"classifier_{dataset}")["test_accuracy"], abs=5e-4)
+    assert accuracy == pytest.approx(
+        pretrained.card(f"classifier_{dataset}")["test_accuracy"], abs=5e-4
+    )
 
 
 def test_features_and_probabilities_are_those_of_the_network(digits, classifier):
@@ -84,7 +96,9 @@ def test_features_and_probabilities_are_those_of_the_network(digits, classifier)
     found = extract_features(classifier, images, batch_size=7)
     assert found.dtype == torch.float64 and found.shape == (30, 96)
     torch.testing.assert_close(found.float(), expected)
-    torch.testing.assert_close(class_probabilities(classifier, found).float(), logits.softmax(dim=1))
+    torch.testing.assert_close(
+        class_probabilities(classifier, found).float(), logits.softmax(dim=1)
+    )
 
 
 def test_features_are_taken_in_eval_mode_and_the_mode_comes_back(digits):
@@ -92,25 +106,39 @@ def test_features_are_taken_in_eval_mode_and_the_mode_comes_back(digits):
         torch.manual_seed(0)
         model = Classifier().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    one, all_ = extract_features(model, digits[1].images[:1]), extract_features(model, digits[1].images[:20])
+    one, all_ = (
+        extract_features(model, digits[1].images[:1]),
+        extract_features(model, digits[1].images[:20]),
+    )
     torch.testing.assert_close(one, all_[:1])
-    assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.training and all(
+        torch.equal(before[name], value) for name, value in model.state_dict().items()
+    )
 
 
 def test_training_depends_on_the_seed_alone(digits):
     images, labels = digits[0].images[:200], digits[0].labels[:200]
     state = torch.get_rng_state()
-    one, two, other = (train_classifier(images, labels, epochs=1, batch_size=64, seed=seed) for seed in (0, 0, 1))
+    one, two, other = (
+        train_classifier(images, labels, epochs=1, batch_size=64, seed=seed) for seed in (0, 0, 1)
+    )
     assert torch.equal(torch.get_rng_state(), state)
-    equal = [torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)]
+    equal = [
+        torch.equal(a, b)
+        for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    ]
     assert all(equal) and not torch.equal(one.squeeze.weight, other.squeeze.weight)
     assert one.convs[1].num_batches_tracked == 3, "an epoch is every whole batch once"
 
 
-def test_training_sees_pictures_moved_by_up_to_shift_pixels_with_black_coming_in(digits, monkeypatch):
+def test_training_sees_pictures_moved_by_up_to_shift_pixels_with_black_coming_in(
+    digits, monkeypatch
+):
     seen = []
     forward = Classifier.forward
-    monkeypatch.setattr(Classifier, "forward", lambda self, x: seen.append(x.clone()) or forward(self, x))
+    monkeypatch.setattr(
+        Classifier, "forward", lambda self, x: seen.append(x.clone()) or forward(self, x)
+    )
     images = torch.full((8, 1, 28, 28), 255, dtype=torch.uint8)
     train_classifier(images, torch.arange(8), epochs=60, shift=2, batch_size=8)
     assert all(x.shape == (8, 1, 28, 28) for x in seen)
@@ -118,7 +146,13 @@ def test_training_sees_pictures_moved_by_up_to_shift_pixels_with_black_coming_in
         [x[0, 0, :, 14] for x in seen],
         [x[0, 0, 14] for x in seen],
     ):  # black rows on top less those below; columns
-        assert {int((bar[:2] < 0).sum() - (bar[-2:] < 0).sum()) for bar in bars} == {-2, -1, 0, 1, 2}
+        assert {int((bar[:2] < 0).sum() - (bar[-2:] < 0).sum()) for bar in bars} == {
+            -2,
+            -1,
+            0,
+            1,
+            2,
+        }
     assert all(x.unique().tolist() in ([1.0], [-1.0, 1.0]) for x in seen)
 
 
@@ -131,21 +165,32 @@ def test_training_works_on_fewer_images_than_a_batch_and_on_colour():
 
 @pytest.mark.parametrize(
     ("labels", "words"),
-    [(torch.arange(3), r"shape \(4,\).*got shape \(3,\)"), (torch.tensor([0, 1, 2, 3]), "0 … 2.*3"),
-     (torch.tensor([0, -1, 2, 1]), "-1")],
-)  # fmt: skip
+    [
+        (torch.arange(3), r"shape \(4,\).*got shape \(3,\)"),
+        (torch.tensor([0, 1, 2, 3]), "0 … 2.*3"),
+        (torch.tensor([0, -1, 2, 1]), "-1"),
+    ],
+)
 def test_training_refuses_labels_that_do_not_fit(labels, words):
     with pytest.raises(ValueError, match=words):
         train_classifier(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), labels, num_classes=3)
 
 
 @pytest.mark.parametrize(
-    "images", [torch.zeros(2, 1, 28, 28), torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(0, 1, 28, 28, dtype=torch.uint8)]
-)  # fmt: skip
+    "images",
+    [
+        torch.zeros(2, 1, 28, 28),
+        torch.zeros(2, 28, 28, dtype=torch.uint8),
+        torch.zeros(0, 1, 28, 28, dtype=torch.uint8),
+    ],
+)
 def test_images_of_another_kind_are_refused(classifier, images):
     schedule = make_schedule("cosine", 10)
-    for call in (lambda: extract_features(classifier, images), lambda: train_classifier(images, torch.zeros(2).long()),
-                 lambda: bits_per_dimension(None, schedule, images)):  # fmt: skip
+    for call in (
+        lambda: extract_features(classifier, images),
+        lambda: train_classifier(images, torch.zeros(2).long()),
+        lambda: bits_per_dimension(None, schedule, images),
+    ):
         with pytest.raises(ValueError, match="in uint8: data.to_image_range"):
             call()
 
@@ -178,11 +223,18 @@ def exactly(n, mean, cov_diagonal, seed=0):
     x = normal(n, len(mean), seed)
     x = x - x.mean(dim=0)
     x = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
-    return x * torch.tensor(cov_diagonal, dtype=torch.float64).sqrt() + torch.tensor(mean, dtype=torch.float64)
+    return x * torch.tensor(cov_diagonal, dtype=torch.float64).sqrt() + torch.tensor(
+        mean, dtype=torch.float64
+    )
 
 
 def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
-    mean_a, mean_b, var_a, var_b = [1.0, -2.0, 0.5], [0.0, 1.0, 0.5], [4.0, 1.0, 0.25], [1.0, 9.0, 0.25]
+    mean_a, mean_b, var_a, var_b = (
+        [1.0, -2.0, 0.5],
+        [0.0, 1.0, 0.5],
+        [4.0, 1.0, 0.25],
+        [1.0, 9.0, 0.25],
+    )
     found = frechet_distance(exactly(50, mean_a, var_a), exactly(70, mean_b, var_b, seed=1))
     expected = sum((p - q) ** 2 for p, q in zip(mean_a, mean_b, strict=True))
     expected += sum((p**0.5 - q**0.5) ** 2 for p, q in zip(var_a, var_b, strict=True))
@@ -192,7 +244,9 @@ def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
 def test_frechet_distance_does_not_see_a_common_rotation_or_shift():
     a, b = normal(200, 6), normal(150, 6, 1, 0.5, 2.0)
     turn = torch.linalg.qr(normal(6, 6, 2)).Q
-    assert frechet_distance(a @ turn + 3, b @ turn + 3) == pytest.approx(frechet_distance(a, b), rel=1e-9)
+    assert frechet_distance(a @ turn + 3, b @ turn + 3) == pytest.approx(
+        frechet_distance(a, b), rel=1e-9
+    )
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
     assert frechet_distance(a + 3, a) == pytest.approx(54, rel=1e-9)
 
@@ -205,7 +259,9 @@ def test_frechet_distance_agrees_with_torchmetrics_on_full_rank_features(d):
 
 def test_frechet_distance_agrees_with_torchmetrics_on_features_of_a_classifier(features):
     train, test = features
-    assert (train.std(dim=0) == 0).any() or torch.linalg.matrix_rank(torch.cov(train.T)) < 96, "no longer singular"
+    assert (train.std(dim=0) == 0).any() or torch.linalg.matrix_rank(torch.cov(train.T)) < 96, (
+        "no longer singular"
+    )
     for a, b in ((test, train), (train[:750], train[750:]), (train[:60], test)):
         assert frechet_distance(a, b) == pytest.approx(torchmetrics_fid(a, b), rel=1e-3)
 
@@ -216,7 +272,8 @@ def test_frechet_distance_of_a_set_to_itself_is_0(features):
 
 
 def test_frechet_distance_computes_in_float64():
-    a, b = normal(500, 8, 0, 1000.0, 0.1), normal(500, 8, 1, 1000.0, 0.1)  # means that leave float32 two digits
+    # means that leave float32 two digits
+    a, b = normal(500, 8, 0, 1000.0, 0.1), normal(500, 8, 1, 1000.0, 0.1)
     assert frechet_distance(a.float(), b.float()) == pytest.approx(frechet_distance(a, b), rel=0.02)
 
 
@@ -242,12 +299,18 @@ def test_polynomial_mmd_is_the_double_loop_and_torchmetrics():
 
 
 def test_kernel_distance_is_unbiased_and_its_standard_error_honest():
-    """200 pairs of sets from one distribution: 0 on average, and a spread equal to the standard error that each reported."""
-    pairs = [kernel_distance(normal(60, 4, 2 * i), normal(80, 4, 2 * i + 1), 6, generator=rng(i)) for i in range(200)]
+    """200 pairs of sets from one distribution: 0 on average, and a spread equal to the standard
+    error that each reported.
+    """
+    pairs = [
+        kernel_distance(normal(60, 4, 2 * i), normal(80, 4, 2 * i + 1), 6, generator=rng(i))
+        for i in range(200)
+    ]
     values, errors = torch.tensor(pairs, dtype=torch.float64).T
     assert abs(values.mean()) < 4 * values.std() / 200**0.5
     assert (values < 0).any() and (values > 0).any()
-    # the variance of 200 values is known to about 10 % (more with heavy tails), the mean of their estimates better
+    # the variance of 200 values is known to about 10 % (more with heavy tails), the mean of their
+    # estimates better
     assert errors.square().mean() == pytest.approx(values.var().item(), rel=0.4)
 
 
@@ -263,14 +326,20 @@ def test_kernel_distance_of_different_distributions_is_the_true_discrepancy():
 def test_kernel_distance_uses_every_feature_once_at_most(monkeypatch):
     used = []
     monkeypatch.setattr(
-        evaluation, "polynomial_mmd", lambda x, y: used.append((x, y)) or torch.tensor(float(len(used)))
+        evaluation,
+        "polynomial_mmd",
+        lambda x, y: used.append((x, y)) or torch.tensor(float(len(used))),
     )
     a, b = torch.arange(24.0)[:, None], 100 + torch.arange(50.0)[:, None]
     value, error = kernel_distance(a, b, subsets=5, generator=rng())
     assert len(used) == 5 and value == 3.0 and error == pytest.approx((2.5 / 5) ** 0.5)
     for side, whole in ((0, a), (1, b)):
         taken = torch.cat([pair[side] for pair in used]).flatten()
-        assert len(taken) == 20 and len(taken.unique()) == 20 and torch.isin(taken, whole.double()).all()
+        assert (
+            len(taken) == 20
+            and len(taken.unique()) == 20
+            and torch.isin(taken, whole.double()).all()
+        )
     assert (torch.cat([x for x, _ in used]).flatten().diff() < 0).any(), "not shuffled"
     used.clear()
     kernel_distance(a, b, subsets=3, subset_size=4, generator=rng())
@@ -278,7 +347,8 @@ def test_kernel_distance_uses_every_feature_once_at_most(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [dict(subsets=1), dict(subsets=11), dict(subsets=4, subset_size=6), dict(subset_size=1)]
+    "arguments",
+    [dict(subsets=1), dict(subsets=11), dict(subsets=4, subset_size=6), dict(subset_size=1)],
 )
 def test_kernel_distance_refuses_subsets_that_do_not_fit(arguments):
     with pytest.raises(ValueError, match="subsets=.*from 20 features.*try subsets="):
@@ -291,11 +361,15 @@ def test_kernel_distance_refuses_subsets_that_do_not_fit(arguments):
 def test_precision_and_recall_are_0_where_nothing_meets_and_1_on_the_same_set():
     real = normal(50, 4)
     assert precision_recall(real, real + 1000) == (0.0, 0.0) and coverage(real, real + 1000) == 0.0
-    assert precision_recall(real, real.clone()) == (1.0, 1.0) and coverage(real, real.clone()) == 1.0
+    assert (
+        precision_recall(real, real.clone()) == (1.0, 1.0) and coverage(real, real.clone()) == 1.0
+    )
 
 
 def test_a_lost_mode_lowers_recall_and_coverage_and_an_invented_one_precision():
-    """Two far clusters, one of which the fakes never show; then a third that no real picture is in."""
+    """Two far clusters, one of which the fakes never show; then a third
+    that no real picture is in.
+    """
     real = torch.cat([normal(300, 3), normal(300, 3, 1, 100.0)])
     half = normal(600, 3, 2)
     precision, recall = precision_recall(real, half)
@@ -308,7 +382,9 @@ def test_a_lost_mode_lowers_recall_and_coverage_and_an_invented_one_precision():
 
 def test_precision_recall_and_coverage_are_the_brute_force_count():
     real, fake, k = normal(40, 2), normal(30, 2, 1, 0.8), 3
-    distance = lambda x, y: math.dist(x.tolist(), y.tolist())  # noqa: E731
+
+    def distance(x, y):
+        return math.dist(x.tolist(), y.tolist())
 
     def radius(x, points, k):
         return sorted(distance(x, y) for y in points if y is not x)[k - 1]
@@ -325,7 +401,10 @@ def test_precision_recall_and_coverage_are_the_brute_force_count():
 def test_one_odd_sample_buys_recall_but_no_coverage():
     real = normal(200, 2)
     fake = torch.cat(
-        [torch.full((99, 2), 50.0).double() + normal(99, 2, 1, 0, 0.01), torch.full((1, 2), -50.0).double()]
+        [
+            torch.full((99, 2), 50.0).double() + normal(99, 2, 1, 0, 0.01),
+            torch.full((1, 2), -50.0).double(),
+        ]
     )
     assert precision_recall(real, fake)[1] == 1.0 and coverage(real, fake) == 0.0
 
@@ -346,7 +425,9 @@ def test_k_must_leave_a_neighbour(k):
         coverage(normal(10, 2), normal(20, 2), k)
 
 
-@pytest.mark.parametrize("function", [frechet_distance, kernel_distance, precision_recall, coverage])
+@pytest.mark.parametrize(
+    "function", [frechet_distance, kernel_distance, precision_recall, coverage]
+)
 def test_bad_features_are_refused(function):
     good = normal(40, 3)
     spoilt = good.clone()
@@ -376,7 +457,8 @@ def test_compare_puts_every_figure_beside_its_floor(classifier, digits, features
     assert report.samples.frechet == frechet_distance(mine, reference)
     assert report.ratio == report.samples.frechet / report.floor.frechet > 2
     assert (
-        report.samples.kernel > 3 * report.samples.kernel_error and abs(report.floor.kernel) < report.samples.kernel / 3
+        report.samples.kernel > 3 * report.samples.kernel_error
+        and abs(report.floor.kernel) < report.samples.kernel / 3
     )
     for name in ("precision", "recall", "coverage"):
         assert getattr(report.samples, name) < getattr(report.floor, name) <= 1
@@ -385,9 +467,13 @@ def test_compare_puts_every_figure_beside_its_floor(classifier, digits, features
     assert sum(report.real_classes) == pytest.approx(1) and report.real_classes != report.classes
 
 
-def test_the_floor_is_the_mean_over_disjoint_draws_of_n_held_out_images(monkeypatch, classifier, digits, features):
+def test_the_floor_is_the_mean_over_disjoint_draws_of_n_held_out_images(
+    monkeypatch, classifier, digits, features
+):
     seen, score = [], evaluation.score
-    monkeypatch.setattr(evaluation, "score", lambda features, *rest: seen.append(features) or score(features, *rest))
+    monkeypatch.setattr(
+        evaluation, "score", lambda features, *rest: seen.append(features) or score(features, *rest)
+    )
     report = compare(classifier, digits[0].images[:70], *features)
     mine, *draws = seen
     assert torch.equal(mine, extract_features(classifier, digits[0].images[:70]))
@@ -419,23 +505,42 @@ def test_the_same_seed_gives_the_same_report(classifier, digits, features):
 def test_a_report_reads_well_and_goes_into_json(classifier, digits, features):
     report = compare(classifier, digits[0].images[:200], *features)
     text = str(report)
-    for words in ("n = 200 samples", "1,500 real images", "floor: 200 held-out images", "own classifier, not Inception",
-                  "Fréchet distance", f"{report.samples.frechet:.2f}", f"{report.floor.frechet:.2f}",
-                  f"ratio {report.ratio:.2f}", f"{report.samples.kernel:.2f} ± {report.samples.kernel_error:.2f}",
-                  "precision", "recall", "coverage", f"{max(report.classes):.1%}"):  # fmt: skip
+    for words in (
+        "n = 200 samples",
+        "1,500 real images",
+        "floor: 200 held-out images",
+        "own classifier, not Inception",
+        "Fréchet distance",
+        f"{report.samples.frechet:.2f}",
+        f"{report.floor.frechet:.2f}",
+        f"ratio {report.ratio:.2f}",
+        f"{report.samples.kernel:.2f} ± {report.samples.kernel_error:.2f}",
+        "precision",
+        "recall",
+        "coverage",
+        f"{max(report.classes):.1%}",
+    ):
         assert words in text
-    assert "draws" not in text and "mean of 10 draws" in str(compare(classifier, digits[0].images[:20], *features))
-    assert len({len(line) for line in text.splitlines()[2:] if "ratio" not in line}) == 1, "columns do not line up"
+    assert "draws" not in text and "mean of 10 draws" in str(
+        compare(classifier, digits[0].images[:20], *features)
+    )
+    assert len({len(line) for line in text.splitlines()[2:] if "ratio" not in line}) == 1, (
+        "columns do not line up"
+    )
     values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert values["n"] == 200 and values["ratio"] == report.ratio and values["floor_spread"] is None
-    assert values["samples"]["frechet"] == report.samples.frechet and "not Inception" in values["note"]
+    assert (
+        values["samples"]["frechet"] == report.samples.frechet and "not Inception" in values["note"]
+    )
     assert values["floor"]["frechet"] == report.floor.frechet and len(values["classes"]) == 10
 
 
 def test_compare_refuses_a_floor_at_another_n(classifier, digits, features):
     with pytest.raises(ValueError, match=r"shape \(2, 1, 28, 28\), expected \(N, 96\)"):
         class_probabilities(classifier, digits[0].images[:2])
-    with pytest.raises(ValueError, match="298 samples.*1500 reference and 297 held-out.*give 20 … 297"):
+    with pytest.raises(
+        ValueError, match="298 samples.*1500 reference and 297 held-out.*give 20 … 297"
+    ):
         compare(classifier, digits[0].images[:298], *features)
     with pytest.raises(ValueError, match="100 samples.*50 reference.*give 20 … 50"):
         compare(classifier, digits[0].images[:100], features[0][:50], features[1])
@@ -451,7 +556,10 @@ def test_nearest_neighbours_are_those_of_brute_force(kind):
     if kind == "features":
         queries, points = normal(30, 5), normal(200, 5, 1)
     else:
-        queries, points = (torch.randint(0, 256, (n, 1, 6, 6), generator=rng(n), dtype=torch.uint8) for n in (300, 200))
+        queries, points = (
+            torch.randint(0, 256, (n, 1, 6, 6), generator=rng(n), dtype=torch.uint8)
+            for n in (300, 200)
+        )
     if kind == "float":
         queries, points = queries.float() / 127.5 - 1, points.float() / 127.5 - 1
     distances, indices = nearest_neighbours(queries, points, k=4, chunk=70)
@@ -466,7 +574,9 @@ def test_a_copy_has_distance_exactly_0_and_chunks_smaller_than_k_work():
     points = torch.randint(0, 256, (50, 1, 28, 28), generator=rng(), dtype=torch.uint8)
     distances, indices = nearest_neighbours(points[[7, 49]], points, k=3, chunk=2)
     assert (
-        indices[:, 0].tolist() == [7, 49] and distances[:, 0].tolist() == [0.0, 0.0] and (distances[:, 1] > 100).all()
+        indices[:, 0].tolist() == [7, 49]
+        and distances[:, 0].tolist() == [0.0, 0.0]
+        and (distances[:, 1] > 100).all()
     )
     distances, indices = nearest_neighbours(points[:2], points, k=50)
     assert indices.sort(dim=1).values.tolist() == [list(range(50))] * 2
@@ -505,7 +615,9 @@ def test_gaussian_kl_is_that_of_torch_distributions():
     from torch.distributions import Normal, kl_divergence
 
     expected = kl_divergence(Normal(mean_a, var_a.sqrt()), Normal(mean_b, var_b.sqrt()))
-    torch.testing.assert_close(gaussian_kl(mean_a, var_a, mean_b, var_b), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        gaussian_kl(mean_a, var_a, mean_b, var_b), expected, rtol=1e-9, atol=1e-12
+    )
     assert gaussian_kl(mean_a, var_a, mean_a, var_a).abs().max() == 0
 
 
@@ -513,27 +625,44 @@ def test_discretised_likelihood_sums_to_1_and_is_a_difference_of_normal_probabil
     values = torch.arange(256).double() / 127.5 - 1
     for mean in (-3.0, -1.0, -0.3, 0.0, 0.999, 1.7):
         for std in (1e-3, 0.02, 0.5, 10.0):
-            log = discretised_log_likelihood(values, torch.tensor(mean).double(), torch.tensor(std**2).double())
+            log = discretised_log_likelihood(
+                values, torch.tensor(mean).double(), torch.tensor(std**2).double()
+            )
             assert log.exp().sum().item() == pytest.approx(1, abs=1e-12) and (log <= 0).all()
     from scipy.stats import norm
 
-    edges = torch.cat([torch.tensor([-math.inf]), values[1:] - 1 / 255, torch.tensor([math.inf])]).numpy()
+    edges = torch.cat(
+        [torch.tensor([-math.inf]), values[1:] - 1 / 255, torch.tensor([math.inf])]
+    ).numpy()
     cdf = norm.cdf(edges, loc=0.2, scale=0.3)
     expected = torch.from_numpy(cdf[1:] - cdf[:-1])
-    found = discretised_log_likelihood(values, torch.tensor(0.2).double(), torch.tensor(0.09).double()).exp()
+    found = discretised_log_likelihood(
+        values, torch.tensor(0.2).double(), torch.tensor(0.09).double()
+    ).exp()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-15)
 
 
 def test_discretised_likelihood_stays_finite_and_right_far_out():
-    """40 standard deviations away the mass underflows but its logarithm does not; both sides must mirror each other."""
+    """40 standard deviations away the mass underflows but its logarithm does not; both sides must
+    mirror each other.
+    """
     x = torch.tensor([0.0, 100 / 255, -100 / 255]).double()
-    log = discretised_log_likelihood(x, x.flip(0) * 0 + torch.tensor([0.0, -0.4, 0.4]), torch.tensor(1e-4).double())
-    assert log.isfinite().all() and log[1] == pytest.approx(log[2].item(), rel=1e-12) and log[1] < -2000
-    near, sigma = (100 / 255 - 1 / 255 + 0.4) / 0.01, 0.01  # the tail beyond the nearer edge, to leading order
+    log = discretised_log_likelihood(
+        x, x.flip(0) * 0 + torch.tensor([0.0, -0.4, 0.4]), torch.tensor(1e-4).double()
+    )
+    assert (
+        log.isfinite().all()
+        and log[1] == pytest.approx(log[2].item(), rel=1e-12)
+        and log[1] < -2000
+    )
+    # the tail beyond the nearer edge, to leading order
+    near, sigma = (100 / 255 - 1 / 255 + 0.4) / 0.01, 0.01
     tail = -(near**2) / 2 - math.log(near * math.sqrt(2 * math.pi))
     assert log[1].item() == pytest.approx(tail, abs=1e-3) and sigma
     images = torch.tensor([-1.0, 1.0]).double()
-    far = discretised_log_likelihood(images, torch.tensor([3.0, -3.0]).double(), torch.tensor(1e-4).double())
+    far = discretised_log_likelihood(
+        images, torch.tensor([3.0, -3.0]).double(), torch.tensor(1e-4).double()
+    )
     assert far.isfinite().all() and far[0] == pytest.approx(far[1].item(), rel=1e-12)
 
 
@@ -548,7 +677,9 @@ COV = torch.diag(torch.tensor([0.02, 0.01, 0.015, 0.02], dtype=torch.float64)) +
 
 
 def code_length(images):
-    """Bits per pixel that the distribution itself needs for these images: its density at each, times the size of a bin."""
+    """Bits per pixel that the distribution itself needs for these images: its density at each,
+    times the size of a bin.
+    """
     density = torch.distributions.MultivariateNormal(torch.tensor(MEAN, dtype=torch.float64), COV)
     log_mass = density.log_prob(images.flatten(1).double() / 127.5 - 1) + 4 * math.log(2 / 255)
     return -log_mass.mean().item() / 4 / math.log(2)
@@ -573,10 +704,13 @@ def test_the_bound_lies_above_the_true_code_length_and_comes_down_to_it_as_steps
 
 
 @pytest.mark.parametrize(
-    ("target", "variance"), [("eps", "beta_tilde"), ("x0", "beta_tilde"), ("v", "beta_tilde"), ("eps", "beta")]
+    ("target", "variance"),
+    [("eps", "beta_tilde"), ("x0", "beta_tilde"), ("v", "beta_tilde"), ("eps", "beta")],
 )
 def test_every_term_is_the_closed_form_of_a_perfect_denoiser(target, variance):
-    """E KL = ½(ln(s/β̃) + β̃/s − 1 + c²·E|x0 − x0_hat|²/s), with c the posterior's weight of x0 and s the chosen variance."""
+    """E KL = ½(ln(s/β̃) + β̃/s − 1 + c²·E|x0 − x0_hat|²/s), with c the posterior's weight of x0 and
+    s the chosen variance.
+    """
     schedule = make_schedule("linear", 50, 20)
     images = gaussian_images(3000, MEAN, COV)
     denoise = perfect_network(schedule, target, clamp=False)
@@ -588,8 +722,13 @@ def test_every_term_is_the_closed_form_of_a_perfect_denoiser(target, variance):
     s = (beta_tilde if variance == "beta_tilde" else betas)[1:]
     weight = (before.sqrt() * betas / (1 - alpha_bars))[1:]
     error = perfect(schedule).loss("x0").double()[1:]
-    kl = 0.5 * (torch.log(s / beta_tilde[1:]) + beta_tilde[1:] / s - 1 + weight**2 * error / s) / math.log(2)
-    torch.testing.assert_close(bound.terms[1:], kl, rtol=0.06, atol=1e-6)  # 12,000 squares: 1.3 % each, 4 times that
+    kl = (
+        0.5
+        * (torch.log(s / beta_tilde[1:]) + beta_tilde[1:] / s - 1 + weight**2 * error / s)
+        / math.log(2)
+    )
+    # 12,000 squares: 1.3 % each, 4 times that
+    torch.testing.assert_close(bound.terms[1:], kl, rtol=0.06, atol=1e-6)
     first = alpha_bars[-1].sqrt() * (images.double() / 127.5 - 1)
     prior = (0.5 * (first**2 - alpha_bars[-1] - torch.log1p(-alpha_bars[-1]))).mean() / math.log(2)
     assert bound.prior == pytest.approx(prior.item(), rel=1e-9)
@@ -604,24 +743,30 @@ class Blurry(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, x_t, t, y=None):
-        return self.dropout(0.9 * x_t + 0.1 * torch.tanh(x_t.flip(-1)) + (t / 100).view(-1, 1, 1, 1))
+        return self.dropout(
+            0.9 * x_t + 0.1 * torch.tanh(x_t.flip(-1)) + (t / 100).view(-1, 1, 1, 1)
+        )
 
 
 @pytest.mark.parametrize("clamp", [True, False])
 @pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
 def test_the_bound_is_that_of_a_second_implementation(variance, clamp):
-    """Written with torch.distributions, numpy's posterior and the paper's 1-based t; the same draws of noise."""
+    """Written with torch.distributions, numpy's posterior and the paper's 1-based t; the same draws
+    of noise.
+    """
     from torch.distributions import Normal, kl_divergence
 
     schedule, model = make_schedule("cosine", 12), Blurry().train()
     images = torch.randint(0, 256, (6, 1, 4, 4), generator=rng(), dtype=torch.uint8)
     images[0, 0, 0] = torch.tensor([0, 255, 1, 254], dtype=torch.uint8)
     usual = Denoiser(model, schedule, "eps", clamp)
-    # schedule.alpha_bars were rounded after the product, the bound's ᾱ are products of rounded alphas:
-    # where β = 0.999, at the last step, they differ by a part in 10⁵. This denoiser has the bound's.
+    # schedule.alpha_bars were rounded after the product, the bound's ᾱ are products of rounded
+    # alphas: where β = 0.999, at the last step, they differ by a part in 10⁵. This denoiser has the
+    # bound's.
     same = Denoiser(model, evaluation.in_float64(schedule), "eps", clamp)
     found, nearly = (
-        bits_per_dimension(one, schedule, images, variance, batch_size=4, generator=rng(5)) for one in (same, usual)
+        bits_per_dimension(one, schedule, images, variance, batch_size=4, generator=rng(5))
+        for one in (same, usual)
     )
     assert usual.training and same.training and model.training and model.dropout.training
 
@@ -644,7 +789,9 @@ def test_the_bound_is_that_of_a_second_implementation(variance, clamp):
                 b = math.sqrt(1 - beta[t]) * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t])
                 return a * x + b * x_t
 
-            tilde = lambda t: beta[t] * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t])  # noqa: E731
+            def tilde(t):
+                return beta[t] * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t])
+
             if t == 1:
                 p = Normal(mean(x0_hat), math.sqrt(tilde(2)))
                 top = torch.where(part > 0.999, torch.ones(()).double(), p.cdf(part + 1 / 255))
@@ -652,11 +799,16 @@ def test_the_bound_is_that_of_a_second_implementation(variance, clamp):
                 nats = -(top - bottom).log()
                 usable = (top - bottom) > 1e-9  # beyond, this form has no digits left
                 if not usable.all():
-                    nats = torch.where(usable, nats, -discretised_log_likelihood(part, p.mean, p.variance))
+                    nats = torch.where(
+                        usable, nats, -discretised_log_likelihood(part, p.mean, p.variance)
+                    )
             else:
                 q = Normal(mean(part), math.sqrt(tilde(t)))
                 nats = kl_divergence(
-                    q, Normal(mean(x0_hat), math.sqrt(tilde(t) if variance == "beta_tilde" else beta[t]))
+                    q,
+                    Normal(
+                        mean(x0_hat), math.sqrt(tilde(t) if variance == "beta_tilde" else beta[t])
+                    ),
                 )
             total = total + nats.flatten(1).sum(dim=1)
             terms[t - 1] += nats.sum() / (6 * 16 * math.log(2))
@@ -686,8 +838,14 @@ def test_weights_make_any_sum_right():
     """Σ weight · f(t) averages to Σ f(t), whatever f is: here for each indicator function."""
     times, weights = weighted_timesteps(40_000, 30, 7, rng())
     assert times.shape == weights.shape == (40_000, 7) and (times.diff(dim=1) >= 0).all()
-    sums = torch.zeros(30, dtype=torch.float64).index_add(0, times.flatten(), weights.flatten()) / 40_000
-    squares = torch.zeros(30, dtype=torch.float64).index_add(0, times.flatten(), weights.flatten() ** 2) / 40_000
+    sums = (
+        torch.zeros(30, dtype=torch.float64).index_add(0, times.flatten(), weights.flatten())
+        / 40_000
+    )
+    squares = (
+        torch.zeros(30, dtype=torch.float64).index_add(0, times.flatten(), weights.flatten() ** 2)
+        / 40_000
+    )
     assert ((sums - 1).abs() < 4.5 * (squares / 40_000).sqrt()).all()
     times, weights = weighted_timesteps(3, 5, None)
     assert times.tolist() == [[0, 1, 2, 3, 4]] * 3 and (weights == 1).all()
@@ -709,9 +867,13 @@ def test_a_random_network_needs_more_bits_than_a_perfect_one_and_a_bad_choice_is
     images = gaussian_images(64, MEAN, COV)
     good = perfect_network(schedule, "eps", clamp=True)
     bad = Denoiser(lambda x_t, t, y: torch.zeros_like(x_t), schedule)
-    best, worst = (bits_per_dimension(one, schedule, images, generator=rng()) for one in (good, bad))
+    best, worst = (
+        bits_per_dimension(one, schedule, images, generator=rng()) for one in (good, bad)
+    )
     assert worst.total > best.total + 1 and worst.n == 64
-    assert math.isnan(bits_per_dimension(good, schedule, images[:1], calls=2, generator=rng()).error)
+    assert math.isnan(
+        bits_per_dimension(good, schedule, images[:1], calls=2, generator=rng()).error
+    )
     with pytest.raises(ValueError, match="score"):
         bits_per_dimension(Denoiser(good.model, schedule, "score"), schedule, images[:2])
     with pytest.raises(ValueError, match="learned"):

@@ -1,4 +1,6 @@
-"""The checks of lesson 12: right answers pass, and every slip that a check foresees is told apart."""
+"""The checks of lesson 12: right answers pass, and every slip that a check
+foresees is told apart.
+"""
 
 import math
 
@@ -67,7 +69,12 @@ def step_too_early(layers):
         (lambda layers: (reach(layers) - 1) / 2 if len(layers) > 1 else 3, "to one side"),
         (lambda layers: 1 + sum(k - 1 for k, _ in layers), "longer steps"),
         (step_too_early, "not its own"),
-        (lambda layers: 1 + sum((k - 1) * s for k, s in layers) if len(layers) > 3 else reach(layers), "multiply"),
+        (
+            lambda layers: (
+                1 + sum((k - 1) * s for k, s in layers) if len(layers) > 3 else reach(layers)
+            ),
+            "multiply",
+        ),
         (lambda layers: 99, "keep two numbers"),
     ],
 )

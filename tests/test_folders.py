@@ -61,7 +61,9 @@ def test_a_folder_that_is_not_there_or_empty(tmp_path):
 def test_one_tensor_of_uint8(faces, size, channels):
     found = load_folder(faces, size, channels)
     assert found.images.shape == (5, channels, size, size) and found.images.dtype == torch.uint8
-    assert found.labels.tolist() == [0] * 5 and found.classes == ("faces",) and found.title == "faces"
+    assert (
+        found.labels.tolist() == [0] * 5 and found.classes == ("faces",) and found.title == "faces"
+    )
 
 
 def test_colors_survive_and_gray_is_gray(tmp_path):
@@ -103,7 +105,9 @@ def test_a_photo_taken_upright_stands_upright(tmp_path):
 def test_a_large_jpeg_is_what_it_is_in_full(tmp_path):
     """Decoding at a fraction of the size is a short cut, and must not be seen."""
     ramp = np.linspace(0, 255, 1024).astype(np.uint8)
-    Image.fromarray(np.broadcast_to(ramp, (1024, 1024)).copy()).save(tmp_path / "ramp.jpg", quality=95)
+    Image.fromarray(np.broadcast_to(ramp, (1024, 1024)).copy()).save(
+        tmp_path / "ramp.jpg", quality=95
+    )
     got = read_image(tmp_path / "ramp.jpg", 16, 1)[0, 8].float()
     expected = torch.from_numpy(ramp.reshape(16, 64).mean(axis=1)).float()
     assert (got - expected).abs().max() < 4
@@ -131,17 +135,23 @@ def test_a_folder_of_nothing_but_damaged_files(own_folders, tmp_path):
         load_folder(tmp_path, 8)
 
 
-@pytest.mark.parametrize("size, channels, pad", [(0, 3, 0), (8, 2, 0), (8, 4, 0), (8, 3, 4), (8, 3, -1)])
+@pytest.mark.parametrize(
+    "size, channels, pad", [(0, 3, 0), (8, 2, 0), (8, 4, 0), (8, 3, 4), (8, 3, -1)]
+)
 def test_bad_numbers_are_refused_and_not_taken_for_damaged_files(faces, size, channels, pad):
     for read in (load_folder, train_and_test, read_image):
-        with pytest.raises(ValueError, match=f"^image_size={size}, channels={channels}, pad={pad}: "):
+        with pytest.raises(
+            ValueError, match=f"^image_size={size}, channels={channels}, pad={pad}: "
+        ):
             read(faces, size, channels, pad=pad)
 
 
 def test_read_once_and_again_when_a_file_changes(faces, monkeypatch):
     reads = []
     decode = folders._decode
-    monkeypatch.setattr(folders, "_decode", lambda path, *rest: reads.append(path.name) or decode(path, *rest))
+    monkeypatch.setattr(
+        folders, "_decode", lambda path, *rest: reads.append(path.name) or decode(path, *rest)
+    )
     first = load_folder(faces, 8)
     assert len(reads) == 5
     assert torch.equal(load_folder(faces, 8).images, first.images) and len(reads) == 5
@@ -211,15 +221,21 @@ def test_one_image_is_too_few(own_folders, tmp_path):
         train_and_test(tmp_path, 8)
 
 
-@pytest.mark.parametrize(("free", "kind"), [(4 * 120 * 64, torch.Tensor), (4 * 120 * 64 - 1, FolderImages)])
-def test_what_fills_more_than_a_quarter_of_the_free_memory_stays_on_disk(numbered, monkeypatch, capsys, free, kind):
+@pytest.mark.parametrize(
+    ("free", "kind"), [(4 * 120 * 64, torch.Tensor), (4 * 120 * 64 - 1, FolderImages)]
+)
+def test_what_fills_more_than_a_quarter_of_the_free_memory_stays_on_disk(
+    numbered, monkeypatch, capsys, free, kind
+):
     monkeypatch.setattr(runtime, "free_memory", lambda device: free)
     assert isinstance(train_and_test(numbered, 8, 1)[0].images, kind)
     assert ("left on disk" in capsys.readouterr().out) == (kind is FolderImages)
 
 
 def test_a_streamed_run_and_its_resumption_are_the_run_in_memory_bit_for_bit(numbered, tiny, net):
-    """With dropout, whose masks come from the global generator, from which a DataLoader might draw."""
+    """With dropout, whose masks come from the global generator, from which
+    a DataLoader might draw.
+    """
     cfg = tiny(dataset="./numbered", dropout=0.2, epochs=0.3, pad=1)
 
     def losses(stream, stop=None):
@@ -254,7 +270,9 @@ def test_a_file_that_goes_bad_after_the_check_is_named_in_one_line(numbered, how
     file, picked = numbered / "007.png", torch.tensor([5, 6])  # 000 is held out
     file.write_bytes(b"no image") if how == "damaged" else file.unlink()
     with images.ahead([picked]) if ahead else contextlib.nullcontext():
-        with pytest.raises(ValueError, match=r"^.*007.png cannot be read \(\w+Error.*\): put the file back.*\Z"):
+        with pytest.raises(
+            ValueError, match=r"^.*007.png cannot be read \(\w+Error.*\): put the file back.*\Z"
+        ):
             images[picked]
 
 
@@ -280,10 +298,18 @@ def png(rows, depth: int, kind: int, clear: bytes = b"") -> bytes:
     width = len(rows) * 8 // (depth * {0: 1, 2: 3, 4: 2}[kind])
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, kind, 0, 0, 0))
     pixels = chunk(b"IDAT", zlib.compress(b"\0" + rows))
-    return b"\x89PNG\r\n\x1a\n" + head + (chunk(b"tRNS", clear) if clear else b"") + pixels + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + head
+        + (chunk(b"tRNS", clear) if clear else b"")
+        + pixels
+        + chunk(b"IEND", b"")
+    )
 
 
-def tiff(content: bytes, width: int, bits: int, photometric: int = 1, order: str = "<", form: int = 1) -> bytes:
+def tiff(
+    content: bytes, width: int, bits: int, photometric: int = 1, order: str = "<", form: int = 1
+) -> bytes:
     """A TIFF file of one row. Photometric 0: 0 is white; form 1 is unsigned, 2 signed, 3 float."""
     tags = {
         256: width,
@@ -298,7 +324,11 @@ def tiff(content: bytes, width: int, bits: int, photometric: int = 1, order: str
         339: form,
     }
     content += b"\0" * (len(content) % 2)
-    out = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(content)) + content
+    out = (
+        (b"II" if order == "<" else b"MM")
+        + struct.pack(order + "HI", 42, 8 + len(content))
+        + content
+    )
     out += struct.pack(order + "H", len(tags))
     for tag, value in tags.items():
         out += struct.pack(order + "HHIHH", tag, 3, 1, value, 0)
@@ -454,7 +484,9 @@ def test_upper_case_suffixes_are_read_and_other_files_counted(faces, capsys):
 def test_a_folder_of_other_files_alone_says_what_is_there(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.heic").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"holds no image; 3 other files passed over \(.heic\): expected files"):
+    with pytest.raises(
+        ValueError, match=r"holds no image; 3 other files passed over \(.heic\): expected files"
+    ):
         find_images(tmp_path)
 
 
@@ -462,7 +494,9 @@ def test_a_folder_of_other_files_alone_says_what_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_a_damaged_exif_block_costs_neither_the_image_nor_its_turn(own_folders, tmp_path, capsys, suffix):
+def test_a_damaged_exif_block_costs_neither_the_image_nor_its_turn(
+    own_folders, tmp_path, capsys, suffix
+):
     """A rational of −1/0, on which Pillow's `exif_transpose` raises, and a pointer to nowhere."""
     lying = flat("black", (40, 20))
     lying.paste(flat("white", (20, 20)), (0, 0))
@@ -501,7 +535,9 @@ def test_noise_is_not_taken_for_a_format_without_a_signature(tmp_path):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_whatever_decoding_raises_names_the_file_and_spares_the_others(faces, monkeypatch, capsys, stream, error):
+def test_whatever_decoding_raises_names_the_file_and_spares_the_others(
+    faces, monkeypatch, capsys, stream, error
+):
     decode = folders._decode
 
     def fail(path, *form):
@@ -513,9 +549,12 @@ def test_whatever_decoding_raises_names_the_file_and_spares_the_others(faces, mo
     assert sum(map(len, train_and_test(faces, 8, stream=stream))) == 4
     reason = f"{error.__name__}: {error('bad')}"
     assert (
-        f"files in {runtime.short_path(faces)} cannot be read: c.JPEG ({reason}); left out" in capsys.readouterr().out
+        f"files in {runtime.short_path(faces)} cannot be read: c.JPEG ({reason}); left out"
+        in capsys.readouterr().out
     )
-    with pytest.raises(ValueError, match=r"1 of 5 files.*c.JPEG \(.*bad.*\); repair or remove them$"):
+    with pytest.raises(
+        ValueError, match=r"1 of 5 files.*c.JPEG \(.*bad.*\); repair or remove them$"
+    ):
         train_and_test(faces, 8, stream=stream, strict=True)
 
 
@@ -529,7 +568,8 @@ def test_ctrl_c_is_no_damaged_file(faces, monkeypatch):
 
 
 def test_pillow_warns_and_logs_in_silence(faces, monkeypatch, capfd, caplog):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # a warning, and an error from twice as many on
+    # a warning, and an error from twice as many on
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     flat("red", (50, 41)).save(faces / "large.png")
     flat("red", (50, 81)).save(faces / "larger.png")
     many = tiff(bytes(10), 1, 8)
@@ -542,7 +582,9 @@ def test_pillow_warns_and_logs_in_silence(faces, monkeypatch, capfd, caplog):
         read_image(faces / "large.png", 8)
     out, err = capfd.readouterr()
     assert len(found) > 0 and err == "" and caplog.records == []
-    assert "larger.png (DecompressionBombError" in out and "many.tif (UnidentifiedImageError)" in out
+    assert (
+        "larger.png (DecompressionBombError" in out and "many.tif (UnidentifiedImageError)" in out
+    )
     assert "large.png" not in out.replace("larger.png", "")
 
 
@@ -591,7 +633,9 @@ def test_a_stream_without_a_check_names_what_its_digest_meets(faces):
 def test_the_check_of_a_stream_is_kept_and_told_of(faces, monkeypatch):
     (faces / "bad.png").write_bytes(b"no image")
     told, reads, decode = [], [], folders._decode
-    monkeypatch.setattr(folders, "_decode", lambda path, *form: reads.append(path.name) or decode(path, *form))
+    monkeypatch.setattr(
+        folders, "_decode", lambda path, *form: reads.append(path.name) or decode(path, *form)
+    )
     tell = {"stream": True, "progress": lambda done, total: told.append((done, total))}
     first = data.digest(train_and_test(faces, 8, **tell)[0].images)
     assert told == [(i, 6) for i in range(1, 7)]
@@ -668,7 +712,8 @@ def test_a_folder_that_cannot_be_opened_is_named(faces, capsys, closed):
     assert len(load_folder(faces, 8)) == 3
     reason = "more (PermissionError: Permission denied)"
     assert (
-        f"data: 1 folder in {runtime.short_path(faces)} cannot be opened: {reason}; left out" in capsys.readouterr().out
+        f"data: 1 folder in {runtime.short_path(faces)} cannot be opened: {reason}; left out"
+        in capsys.readouterr().out
     )
     with pytest.raises(ValueError, match="1 folder in .* cannot be opened: more"):
         load_folder(faces, 8, strict=True)
@@ -686,7 +731,9 @@ def test_a_folder_that_cannot_be_opened_is_named(faces, capsys, closed):
 def run_files(folder, *names):
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (folder / name).write_text(json.dumps({"dataset": "x", "timesteps": 10}) if name == "config.json" else "")
+        (folder / name).write_text(
+            json.dumps({"dataset": "x", "timesteps": 10}) if name == "config.json" else ""
+        )
     for name in ("grid.png", "strip.png", "deeper/samples.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         flat("red").save(folder / name)
@@ -697,9 +744,13 @@ def run_files(folder, *names):
 def test_folders_of_runs_and_samples_are_left_out(faces, capsys, marks, stream):
     run_files(faces / "more" / "run", *marks)
     assert sum(map(len, train_and_test(faces, 8, stream=stream))) == 5
-    expected = f"data: 1 folder of runs or samples in {runtime.short_path(faces)} left out: more/run\n"
+    expected = (
+        f"data: 1 folder of runs or samples in {runtime.short_path(faces)} left out: more/run\n"
+    )
     assert expected in capsys.readouterr().out
-    with pytest.raises(ValueError, match=rf"more/run holds {marks[0]}.*: choose a folder that holds"):
+    with pytest.raises(
+        ValueError, match=rf"more/run holds {marks[0]}.*: choose a folder that holds"
+    ):
         load_folder(faces / "more" / "run", 8)
 
 
@@ -710,7 +761,10 @@ def test_the_outputs_folder_is_left_out_and_not_created(faces, monkeypatch, caps
     run_files(faces / "out" / "lessons")
     (faces / "link").symlink_to(faces / "out")
     assert len(load_folder(faces, 8)) == 5
-    assert "1 folder of runs or samples" in (said := capsys.readouterr().out) and "left out: out\n" in said
+    assert (
+        "1 folder of runs or samples" in (said := capsys.readouterr().out)
+        and "left out: out\n" in said
+    )
     with pytest.raises(ValueError, match="out is the folder of outputs or checkpoints: choose"):
         load_folder(faces / "out", 8)
     assert len(load_folder(faces / "out" / "lessons", 8)) == 3  # asked for by name
@@ -764,12 +818,22 @@ DAMAGES = {
     "another object": lambda file, kind: torch.save(Pickled(), file),
     "a list": lambda file, kind: torch.save([1, 2], file),
     "other keys": lambda file, kind: torch.save({"images": rows_of(kind), "bad": {}}, file),
-    "another dtype": lambda file, kind: torch.save({"rows": rows_of(kind).float(), "bad": {}}, file),
-    "another shape": lambda file, kind: torch.save({"rows": rows_of(kind)[..., :4], "bad": {}}, file),
+    "another dtype": lambda file, kind: torch.save(
+        {"rows": rows_of(kind).float(), "bad": {}}, file
+    ),
+    "another shape": lambda file, kind: torch.save(
+        {"rows": rows_of(kind)[..., :4], "bad": {}}, file
+    ),
     "too few rows": lambda file, kind: torch.save({"rows": rows_of(kind, 4), "bad": {}}, file),
-    "bad files that are not there": lambda file, kind: torch.save({"rows": rows_of(kind, 4), "bad": {9: ""}}, file),
-    "bad files without a reason": lambda file, kind: torch.save({"rows": rows_of(kind, 4), "bad": {4: 1}}, file),
-    "bad files in a list": lambda file, kind: torch.save({"rows": rows_of(kind, 4), "bad": [4]}, file),
+    "bad files that are not there": lambda file, kind: torch.save(
+        {"rows": rows_of(kind, 4), "bad": {9: ""}}, file
+    ),
+    "bad files without a reason": lambda file, kind: torch.save(
+        {"rows": rows_of(kind, 4), "bad": {4: 1}}, file
+    ),
+    "bad files in a list": lambda file, kind: torch.save(
+        {"rows": rows_of(kind, 4), "bad": [4]}, file
+    ),
 }
 
 
@@ -803,7 +867,9 @@ def test_two_folders_of_equal_names_sizes_and_dates_are_two(own_folders, tmp_pat
         (tmp_path / name).mkdir()
         flat(color).save(tmp_path / name / "x.bmp")
         os.utime(tmp_path / name / "x.bmp", (0, 0))
-        assert load_folder(tmp_path / name, 8).images.unique().tolist() == [0 if color == "black" else 255]
+        assert load_folder(tmp_path / name, 8).images.unique().tolist() == [
+            0 if color == "black" else 255
+        ]
 
 
 def test_a_file_that_could_not_be_read_is_tried_again(faces, monkeypatch):
@@ -828,6 +894,8 @@ def test_a_full_disk_leaves_no_part_of_a_cache(faces, own_folders, monkeypatch):
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.warns(RuntimeWarning, match="written .PytorchStreamWriter failed.*reads all files again"):
+    with pytest.warns(
+        RuntimeWarning, match="written .PytorchStreamWriter failed.*reads all files again"
+    ):
         assert len(load_folder(faces, 8)) == 5
     assert not list((own_folders / "data" / "folders").iterdir())

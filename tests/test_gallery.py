@@ -1,4 +1,6 @@
-"""The published networks to the digit: parameter counts, formulas, shapes, and where the gradient does not reach."""
+"""The published networks to the digit: parameter counts, formulas, shapes, and where the gradient
+does not reach.
+"""
 
 import math
 
@@ -30,7 +32,8 @@ def count(model, trainable_only=False):
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
-# What each of the others counts, takes and leaves without a gradient. Kept small: 2 pictures of 16 × 16.
+# What each of the others counts, takes and leaves without a gradient. Kept small: 2 pictures of 16
+# × 16.
 OTHERS = {
     "anime": {"parameters": 10_847_299, "channels": 3, "divisor": 4, "table": False},
     "guide": {"parameters": 8_058_049, "channels": 1, "divisor": 8, "table": False},
@@ -75,7 +78,9 @@ def test_the_others_refuse_in_words(other):
         (x, torch.zeros(2), None, "float32"),
         (x, t, t, "labels"),
     ]
-    cases += [(x, torch.tensor([0, 1000]), None, "0 … 1000.*rows 0 … 999")] if known["table"] else []
+    cases += (
+        [(x, torch.tensor([0, 1000]), None, "0 … 1000.*rows 0 … 999")] if known["table"] else []
+    )
     for x_t, times, y, words in cases:
         with pytest.raises(ValueError, match=words):
             model(x_t, times, y)
@@ -86,14 +91,20 @@ def test_every_parameter_of_the_others_gets_a_gradient(other):
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(2, known["channels"], 16, 16, generator=rng)
     model.zero_grad()
-    (model(x, torch.tensor([3, 700])) - torch.randn(x.shape, generator=rng)).square().mean().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    (
+        model(x, torch.tensor([3, 700])) - torch.randn(x.shape, generator=rng)
+    ).square().mean().backward()
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
+    ] == []
     model.zero_grad()
 
 
 def test_time_reaches_the_answer_of_the_others(other):
     model, known = other
-    x = torch.randn(1, known["channels"], 16, 16, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1, -1)
+    x = torch.randn(
+        1, known["channels"], 16, 16, generator=torch.Generator().manual_seed(0)
+    ).expand(3, -1, -1, -1)
     with torch.no_grad(), eval_mode(model):
         one, two, again = model(x, torch.tensor([10, 600, 10]))
     assert (one - two).abs().max() > 1e-4
@@ -123,12 +134,17 @@ def test_embeddings_are_their_formulas():
 
 
 def test_the_first_64_columns_of_mnist32_know_short_periods_alone():
-    """What its docstring says: up to 19 steps, 2π over the lowest frequency of the first 64 columns."""
+    """What its docstring says: up to 19 steps, 2π over the lowest frequency of the first 64
+    columns.
+    """
     assert 2 * math.pi * 10_000 ** (2 * 31 / 512) == pytest.approx(19.2, abs=0.1)
 
 
 def test_the_attention_of_mnist32_drops_in_eval_mode_and_the_mended_one_does_not():
-    x, t = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
+    x, t = (
+        torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([3, 700]),
+    )
     for mend in (False, True):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
@@ -148,7 +164,11 @@ def test_skips_of_anime_carry_what_enters_a_level():
         level.register_forward_pre_hook(lambda module, args: joined.append(args[0]))
     with torch.no_grad():
         model(torch.randn(1, 1, 16, 16), torch.tensor([5]))
-    assert [x.shape[1] for x in entered] == [32, 64, 128] and [x.shape[1] for x in joined] == [256, 128, 64]
+    assert [x.shape[1] for x in entered] == [32, 64, 128] and [x.shape[1] for x in joined] == [
+        256,
+        128,
+        64,
+    ]
     for skip, x in zip(reversed(entered), joined, strict=True):
         assert torch.equal(x[:, -skip.shape[1] :], skip)
 
@@ -164,8 +184,11 @@ def test_the_gallery_refuses_colour_where_none_was_published():
 
 
 OVERFITS = {  # pixels, steps, learning rate
-    "anime": (8, 60, 1e-3), "article": (28, 150, 3e-3), "guide": (8, 60, 1e-3), "mnist32": (8, 40, 3e-4),
-}  # fmt: skip
+    "anime": (8, 60, 1e-3),
+    "article": (28, 150, 3e-3),
+    "guide": (8, 60, 1e-3),
+    "mnist32": (8, 40, 3e-4),
+}
 
 
 @pytest.mark.parametrize("name", OVERFITS)
@@ -177,7 +200,11 @@ def test_a_one_batch_overfit(name):
         model = gallery.build(name, channels=1, **({"dropout": 0.0} if name == "mnist32" else {}))
         rng = torch.Generator().manual_seed(0)
         x, wanted = torch.randn(2, 4, 1, size, size, generator=rng)
-        optimizer, t, losses = torch.optim.Adam(model.parameters(), lr=lr), torch.arange(4) * 200, []
+        optimizer, t, losses = (
+            torch.optim.Adam(model.parameters(), lr=lr),
+            torch.arange(4) * 200,
+            [],
+        )
         for _ in range(steps):
             loss = (model(x, t) - wanted).square().mean()
             optimizer.zero_grad()
@@ -192,7 +219,10 @@ def test_a_one_batch_overfit(name):
 @pytest.mark.parametrize("name", gallery.names())
 def test_weights_saved_and_loaded_give_the_same_answers(name, tmp_path):
     size = 28 if name == "article" else 8
-    x, t = torch.randn(2, 1, size, size, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
+    x, t = (
+        torch.randn(2, 1, size, size, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([3, 700]),
+    )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         one, other = (gallery.build(name, channels=1) for _ in range(2))
@@ -216,7 +246,9 @@ def test_the_article_counts_606852_parameters_of_which_506852_are_trained(articl
 
 
 def test_the_table_is_the_formula_row_by_row(article):
-    """Entry by entry as sources write it: sin(t·w_j) in even columns j, cos(t·w_{j−1}) in odd ones, w_j = 10000^(−2j/100)."""
+    """Entry by entry as sources write it: sin(t·w_j) in even columns j, cos(t·w_{j−1}) in odd ones,
+    w_j = 10000^(−2j/100).
+    """
     table = article.table.weight
     assert table.shape == (1000, 100) and not table.requires_grad
     for t in (0, 1, 37, 500, 999):
@@ -231,9 +263,15 @@ def test_the_mended_table_is_the_transformers_and_fits_the_same_weights(article)
     table = mended.table.weight
     for t in (1, 37, 999):
         for i in range(50):
-            assert table[t, 2 * i].item() == pytest.approx(math.sin(t * 10_000 ** (-2 * i / 100)), abs=1e-6)
-            assert table[t, 2 * i + 1].item() == pytest.approx(math.cos(t * 10_000 ** (-2 * i / 100)), abs=1e-6)
-    assert {n: p.shape for n, p in mended.state_dict().items()} == {n: p.shape for n, p in article.state_dict().items()}
+            assert table[t, 2 * i].item() == pytest.approx(
+                math.sin(t * 10_000 ** (-2 * i / 100)), abs=1e-6
+            )
+            assert table[t, 2 * i + 1].item() == pytest.approx(
+                math.cos(t * 10_000 ** (-2 * i / 100)), abs=1e-6
+            )
+    assert {n: p.shape for n, p in mended.state_dict().items()} == {
+        n: p.shape for n, p in article.state_dict().items()
+    }
     assert (table.std(dim=0) < 0.05).sum() == 12
 
 
@@ -247,33 +285,61 @@ def test_the_table_follows_the_number_of_timesteps():
 
 
 def test_the_layers_of_the_article_are_those_published(article):
-    """Shapes of all convolutions in order, written down from the source's description of its levels."""
+    """Shapes of all convolutions in order, written down from the source's description of its
+    levels.
+    """
     found = [
-        (m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0], isinstance(m, nn.ConvTranspose2d))
-        for m in article.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)
-    ]  # fmt: skip
+        (
+            m.in_channels,
+            m.out_channels,
+            m.kernel_size[0],
+            m.stride[0],
+            isinstance(m, nn.ConvTranspose2d),
+        )
+        for m in article.modules()
+        if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)
+    ]
 
     def blocks(*widths):
         pairs = zip(widths[:-1], widths[1:], strict=True)
         return [conv for a, b in pairs for conv in ((a, b, 3, 1, False), (b, b, 3, 1, False))]
 
     assert found == [
-        *blocks(1, 10, 10, 10), (10, 10, 4, 2, False),
-        *blocks(10, 20, 20, 20), (20, 20, 4, 2, False),
-        *blocks(20, 40, 40, 40), (40, 40, 2, 1, False), (40, 40, 4, 2, False),
-        *blocks(40, 20, 20, 40), (40, 40, 4, 2, True), (40, 40, 2, 1, True),
-        *blocks(80, 40, 20, 20), (20, 20, 4, 2, True),
-        *blocks(40, 20, 10, 10), (10, 10, 4, 2, True),
-        *blocks(20, 10, 10, 10), (10, 1, 3, 1, False),
-    ]  # fmt: skip
+        *blocks(1, 10, 10, 10),
+        (10, 10, 4, 2, False),
+        *blocks(10, 20, 20, 20),
+        (20, 20, 4, 2, False),
+        *blocks(20, 40, 40, 40),
+        (40, 40, 2, 1, False),
+        (40, 40, 4, 2, False),
+        *blocks(40, 20, 20, 40),
+        (40, 40, 4, 2, True),
+        (40, 40, 2, 1, True),
+        *blocks(80, 40, 20, 20),
+        (20, 20, 4, 2, True),
+        *blocks(40, 20, 10, 10),
+        (10, 10, 4, 2, True),
+        *blocks(20, 10, 10, 10),
+        (10, 1, 3, 1, False),
+    ]
     norms = [m.normalized_shape for m in article.modules() if isinstance(m, nn.LayerNorm)]
-    entries = [(1, 10, 10), (10, 20, 20), (20, 40, 40), (40, 20, 20), (80, 40, 20), (40, 20, 10), (20, 10, 10)]
+    entries = [
+        (1, 10, 10),
+        (10, 20, 20),
+        (20, 40, 40),
+        (40, 20, 20),
+        (80, 40, 20),
+        (40, 20, 10),
+        (20, 10, 10),
+    ]
     sizes = [28, 14, 7, 3, 7, 14, 28]
     assert norms == [(c, s, s) for level, s in zip(entries, sizes, strict=True) for c in level]
 
 
 def test_a_forward_by_hand_of_the_first_level(article):
-    """Time added once, before the first norm; norm over channels and pixels together; SiLU after each convolution."""
+    """Time added once, before the first norm; norm over channels and pixels together; SiLU after
+    each convolution.
+    """
     x, t = batch()
     h = x + article.down1.time(article.table.weight[t])[:, :, None, None]
     for block in article.down1.blocks:
@@ -291,21 +357,29 @@ def test_a_forward_by_hand_of_the_first_level(article):
 def test_every_trainable_parameter_gets_a_gradient_but_the_dead_norm(article):
     x, t = batch(4)
     article(x, t).square().mean().backward()
-    without = {n for n, p in article.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    without = {
+        n
+        for n, p in article.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.any())
+    }
     assert without == DEAD
     assert sum(dict(article.named_parameters())[name].numel() for name in DEAD) == 15_680
     assert article.table.weight.grad is None
 
 
 def test_time_reaches_the_output_from_every_level_but_the_first(article):
-    """One channel plus a number, normalised over that channel, is what it was: the first level never learns the time."""
+    """One channel plus a number, normalised over that channel, is what it was: the first level
+    never learns the time.
+    """
     x, t = batch()
     before = article(x, t)
     assert before.shape == x.shape and before.isfinite().all()
 
     def change(name):
         level = getattr(article, name)
-        handle = level.time.register_forward_hook(lambda module, args, out: out + torch.arange(out.shape[1]) + 1)
+        handle = level.time.register_forward_hook(
+            lambda module, args, out: out + torch.arange(out.shape[1]) + 1
+        )
         after = article(x, t)
         handle.remove()
         return (after - before).abs().max().item()
@@ -315,7 +389,9 @@ def test_time_reaches_the_output_from_every_level_but_the_first(article):
 
 
 def test_skips_join_levels_of_one_size(article):
-    """Each up level is shown the answer of the down level of its size, first, and beside it what comes from below."""
+    """Each up level is shown the answer of the down level of its size, first, and beside it what
+    comes from below.
+    """
     x, t = batch()
     kept = {}
     for name in ("down1", "down2", "down3", "up1", "up2", "up3"):
@@ -331,7 +407,12 @@ def test_skips_join_levels_of_one_size(article):
 @pytest.mark.parametrize(
     ("x", "t", "y", "words"),
     [
-        (torch.zeros(2, 1, 32, 32), torch.zeros(2).long(), None, r"\(2, 1, 32, 32\).*\(batch, 1, 28, 28\)"),
+        (
+            torch.zeros(2, 1, 32, 32),
+            torch.zeros(2).long(),
+            None,
+            r"\(2, 1, 32, 32\).*\(batch, 1, 28, 28\)",
+        ),
         (torch.zeros(2, 3, 28, 28), torch.zeros(2).long(), None, r"\(2, 3, 28, 28\)"),
         (torch.zeros(1, 28, 28), torch.zeros(1).long(), None, r"\(1, 28, 28\)"),
         (torch.zeros(2, 1, 28, 28), torch.zeros(3).long(), None, r"t has shape \(3,\)"),

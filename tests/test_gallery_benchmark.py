@@ -1,4 +1,6 @@
-"""The benchmark of the gallery: contestants against their tutorials, equal noise, memory, and a run in fast mode that goes on."""
+"""The benchmark of the gallery: contestants against their tutorials, equal noise, memory, and a run
+in fast mode that goes on.
+"""
 
 import csv
 import json
@@ -22,7 +24,9 @@ pytestmark = pytest.mark.usefixtures("same_numbers_every_time")
 
 
 def pictures(n=16):
-    return torch.randint(0, 256, (n, 1, 28, 28), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+    return torch.randint(0, 256, (n, 1, 28, 28), generator=torch.Generator().manual_seed(3)).to(
+        torch.uint8
+    )
 
 
 def weights(model):
@@ -54,7 +58,12 @@ def test_each_trains_as_its_tutorial_says(own_folders, name, rates, batch, clip,
     made = room.CONTESTANTS[name](pictures(), 0, CPU)
     assert type(made.optimizer) is torch.optim.Adam and made.average is None
     assert (made.rate(0.0), made.rate(1.0)) == pytest.approx(rates)
-    assert (made.batch_size, made.clip, made.target, len(made.schedule)) == (batch, clip, "eps", 1000)
+    assert (made.batch_size, made.clip, made.target, len(made.schedule)) == (
+        batch,
+        clip,
+        "eps",
+        1000,
+    )
     assert sum(p.numel() for p in made.model.parameters()) == parameters
     assert made.images.shape[-1] == room.SIZES[name] and made.precision(CPU) == torch.float32
 
@@ -66,7 +75,9 @@ def test_mnist32_sees_images_from_0_to_1_and_averages_from_the_first_step(fast):
     before = weights(made.average)
     made.batch_size = 2
     made.step(0.5)
-    torch.testing.assert_close(weights(made.average), torch.lerp(before, weights(made.model), 1e-4), rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        weights(made.average), torch.lerp(before, weights(made.model), 1e-4), rtol=0, atol=1e-7
+    )
     assert made.rate(0.3) == pytest.approx(2e-5)
 
 
@@ -108,9 +119,14 @@ def test_a_training_step_is_three_answers(own_folders):
 def test_everybody_is_timed_at_the_published_size_and_at_a_common_one(own_folders):
     sizes = {
         (name, s): tuple(room.random_images(name, s, CPU).shape[1:])
-        for name in room.NAMES for s in ("published", "common")
-    }  # fmt: skip
-    assert sizes["anime", "published"] == (3, 48, 48) and sizes["mnist32", "published"] == (1, 32, 32)
+        for name in room.NAMES
+        for s in ("published", "common")
+    }
+    assert sizes["anime", "published"] == (3, 48, 48) and sizes["mnist32", "published"] == (
+        1,
+        32,
+        32,
+    )
     assert all(shape == (1, 28, 28) for (_, setting), shape in sizes.items() if setting == "common")
     assert room.for_the_stopwatch("guide", "common", CPU).images.shape[1:] == (1, 32, 32)
     for name in ("ours", "article"):
@@ -127,25 +143,36 @@ def test_memory_is_measured_in_a_process_of_its_own(fast):
 def test_the_noise_is_the_same_for_small_and_large_canvases(fast, monkeypatch):
     starts = {}
     monkeypatch.setattr(
-        room.sampling, "ddim_sample", lambda denoise, schedule, shape, steps, start: iter([(-1, start, start)])
+        room.sampling,
+        "ddim_sample",
+        lambda denoise, schedule, shape, steps, start: iter([(-1, start, start)]),
     )
     for name in ("article", "guide"):
         made = room.CONTESTANTS[name](pictures(), 0, CPU)
         starts[name] = room.draw_pictures(made, 5, 28)
-    assert starts["article"].shape == (5, 1, 28, 28) and torch.equal(starts["article"], starts["guide"])
+    assert starts["article"].shape == (5, 1, 28, 28) and torch.equal(
+        starts["article"], starts["guide"]
+    )
 
 
 # --- the run
 
 
 def test_a_run_from_the_shell_writes_measures_and_goes_on(fast, monkeypatch, capsys):
-    """Digits, one turn each, two small networks on the stopwatch; given again, nothing is measured twice."""
+    """Digits, one turn each, two small networks on the stopwatch; given again, nothing is measured
+    twice.
+    """
     monkeypatch.setattr(room, "NAMES", ("ours", "article"))
     monkeypatch.setattr(room, "memory_of", lambda name, setting, device: (2**20, "nobody"))
     monkeypatch.setattr(room, "flops_per_image", lambda *args: 1.0)
-    monkeypatch.setattr("benchmarks.recipes.pretrained.obtain_classifier", lambda *args: evaluation.Classifier().eval())
+    monkeypatch.setattr(
+        "benchmarks.recipes.pretrained.obtain_classifier",
+        lambda *args: evaluation.Classifier().eval(),
+    )
     load = measure.data.load_images
-    monkeypatch.setattr(measure.data, "load_images", lambda *args: load(*args, say=False).first(100))
+    monkeypatch.setattr(
+        measure.data, "load_images", lambda *args: load(*args, say=False).first(100)
+    )
     command = ["--contestants", "ours", "--minutes", "0.002", "--device", "cpu"]
     room.main(command)
     out = runtime.output_dir("benchmarks") / "gallery_cpu.jsonl"
@@ -154,16 +181,29 @@ def test_a_run_from_the_shell_writes_measures_and_goes_on(fast, monkeypatch, cap
     assert {(r["contestant"], r["setting"]) for r in steps} == {
         (n, s) for n in room.NAMES for s in ("published", "common")
     }
-    assert all(r["images_per_second"] > 0 and r["multiply_adds"] > 0 and r["memory"] == 2**20 for r in steps)
-    assert [r["contestant"] for r in drawn] == ["ours"] and drawn[0]["distance"] >= 0 < drawn[0]["floor"]
+    assert all(
+        r["images_per_second"] > 0 and r["multiply_adds"] > 0 and r["memory"] == 2**20
+        for r in steps
+    )
+    assert [r["contestant"] for r in drawn] == ["ours"] and drawn[0]["distance"] >= 0 < drawn[0][
+        "floor"
+    ]
     assert str(fast) not in json.dumps(rows)
     with np.load(out.with_suffix(".npz")) as file:
-        assert list(file) == ["ours"] and file["ours"].shape == (8, 1, 28, 28) and file["ours"].dtype == np.uint8
+        assert (
+            list(file) == ["ours"]
+            and file["ours"].shape == (8, 1, 28, 28)
+            and file["ours"].dtype == np.uint8
+        )
     assert out.with_suffix(".png").is_file() and not list(out.parent.glob("*.part*"))
     with open(out.with_suffix(".csv"), encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert set(table[0]) == set(room.COLUMNS)
-    assert [row["distance"] for row in table if row["contestant"] == "article"] == ["", "", "not measured"]
+    assert [row["distance"] for row in table if row["contestant"] == "article"] == [
+        "",
+        "",
+        "not measured",
+    ]
     assert "| article | | | not measured | |" in capsys.readouterr().out
     room.main(command)
     assert out.read_text(encoding="utf-8").count("\n") == len(rows)

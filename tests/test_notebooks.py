@@ -30,7 +30,9 @@ from ddpm_utils import plots
 
 LESSONS = lesson_names()
 every_lesson = pytest.mark.parametrize("lesson", LESSONS)
-PATH_OF_A_MACHINE = re.compile(r"(?<![\w.:/])(/(home|root|Users|tmp|work|opt|mnt)/[\w.-]+|[A-Z]:\\\\)")
+PATH_OF_A_MACHINE = re.compile(
+    r"(?<![\w.:/])(/(home|root|Users|tmp|work|opt|mnt)/[\w.-]+|[A-Z]:\\\\)"
+)
 WITH_GIF = ("01", "05", "06", "07", "09")
 
 
@@ -68,7 +70,8 @@ def test_first_cells_and_links(lesson):
     assert len(set(setups)) == 1, "the setup cell differs between lessons"
     assert f'REPOSITORY = "{address}"' in setups[0]
     (knobs,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    for line in knobs.source.splitlines():  # a value a line, which is what `with_parameters` replaces
+    # a value a line, which is what `with_parameters` replaces
+    for line in knobs.source.splitlines():
         assert re.fullmatch(r"[A-Z_]+ = ([^#(]*|\([^#]*\) *)(# .*)?", line), line
     badge = f"https://colab.research.google.com/github/{address.removeprefix('https://github.com/')}/blob/main/notebooks/{lesson}.ipynb"
     assert badge in notebook.cells[0].source
@@ -101,23 +104,35 @@ def test_pictures_have_words(lesson):
 
 @every_lesson
 def test_static_page_shows_every_picture_with_its_words(lesson):
-    """Our page holds each output's bytes, the GIFs among them, with its alternative text and its width."""
+    """Our page holds each output's bytes, the GIFs among them, with its alternative text and its
+    width.
+    """
     from bs4 import BeautifulSoup
 
     notebook = read_lesson(lesson)
     page = BeautifulSoup(tool.page_of(notebook), "html.parser")
-    images = [image for image in page.select("img") if image["src"].startswith("data:image/png;base64,")]
+    images = [
+        image for image in page.select("img") if image["src"].startswith("data:image/png;base64,")
+    ]
     shown = [output for output in outputs_of(notebook) if "image/png" in output.get("data", {})]
     assert len(images) == len(shown) >= 4
     for image, output in zip(images, shown, strict=True):
-        assert base64.b64decode(image["src"].split(",", 1)[1]) == base64.b64decode(output.data["image/png"])
+        assert base64.b64decode(image["src"].split(",", 1)[1]) == base64.b64decode(
+            output.data["image/png"]
+        )
         assert image["alt"] == output.metadata["image/png"]["alt"]
         assert image.get("width") == (str(output.metadata["image/png"].get("width", "")) or None)
     assert all(image["alt"].strip() for image in page.select("img"))
-    assert not [link["href"] for link in page.select("a[href]") if re.match(r"\d\d_\w+\.ipynb", link["href"])]
+    assert not [
+        link["href"]
+        for link in page.select("a[href]")
+        if re.match(r"\d\d_\w+\.ipynb", link["href"])
+    ]
 
 
-@pytest.mark.parametrize("alt", ['"quoted" <b>', "a < b & c > d", "x̂₀ of α", "first\nsecond", "it's <img src=x>"])
+@pytest.mark.parametrize(
+    "alt", ['"quoted" <b>', "a < b & c > d", "x̂₀ of α", "first\nsecond", "it's <img src=x>"]
+)
 def test_static_page_keeps_the_words_as_they_are(alt):
     from bs4 import BeautifulSoup
 
@@ -144,20 +159,30 @@ def test_script_export_is_a_python_file(lesson):
     assert resources["output_extension"] == ".py"
     compile(script, lesson, "exec")
     tool.clean(notebook)  # a render keeps it so
-    assert notebook.metadata.language_info == tool.LANGUAGE == read_lesson(lesson).metadata.language_info
+    assert (
+        notebook.metadata.language_info
+        == tool.LANGUAGE
+        == read_lesson(lesson).metadata.language_info
+    )
 
 
 @every_lesson
 def test_exercises_have_checks_and_solutions(lesson):
     original = len(read_lesson(lesson).cells)
-    checks = [cell for cell in code_cells(read_lesson(lesson)) if re.search(r"^lesson_\d\d\.\w+\(", cell.source, re.M)]
+    checks = [
+        cell
+        for cell in code_cells(read_lesson(lesson))
+        if re.search(r"^lesson_\d\d\.\w+\(", cell.source, re.M)
+    ]
     added = len(tool.with_solutions(read_lesson(lesson)).cells) - original
     assert added == len(checks) >= 3
 
 
 @every_lesson
 def test_executed_copy(lesson):
-    """`make test` ran the lesson in fast mode, with the folded solutions put in, just before these tests."""
+    """`make test` ran the lesson in fast mode, with the folded solutions put in, just before these
+    tests.
+    """
     if not (COPIES / f"{lesson}.ipynb").is_file():
         pytest.fail("the executed copies are missing: run `make test`, or its nbmake line")
     notebook = read_lesson(lesson, COPIES)
@@ -171,9 +196,13 @@ def test_executed_copy(lesson):
         if "solution" in cell.metadata.get("tags", []):
             assert cell.outputs[0].text.startswith("✓")
     unanswered = [
-        output.data["text/plain"] for output in outputs_of(notebook) if "text/plain" in output.get("data", {})
+        output.data["text/plain"]
+        for output in outputs_of(notebook)
+        if "text/plain" in output.get("data", {})
     ]
-    assert any(text.startswith("…") for text in unanswered), "a stub must say that it is not answered yet"
+    assert any(text.startswith("…") for text in unanswered), (
+        "a stub must say that it is not answered yet"
+    )
     assert len(pictures_of(notebook)) >= 4
     if lesson[:2] in WITH_GIF:
         assert any(picture[:6] == b"GIF89a" for picture in pictures_of(notebook))
@@ -187,7 +216,10 @@ OFFLINE = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1
 
 
 def run_setup(folder, address=NEVER, before="", after="", **env):
-    """Run the setup cell in `folder` as IPython would; `before` and `after` are lines around it. Returns the process."""
+    """Run the setup cell in `folder` as IPython would; `before` and `after` are lines around it.
+
+    Returns the process.
+    """
     script = folder / "cell.ipy"
     setup = SETUP.replace(tool.repository(), address)
     script.write_text(f"{before}\n{setup}\n{after}\n", encoding="utf-8")
@@ -229,14 +261,18 @@ def test_setup_cell_is_short():
 
 @pytest.mark.parametrize("beside", [None, "package", "folder without __init__", "file"])
 def test_setup_cell_clones_where_there_is_nothing(tmp_path, beside):
-    """Run twice, with and without a namesake beside the notebook; then our package is the one imported."""
+    """Run twice, with and without a namesake beside the notebook; then our package is the one
+    imported.
+    """
     empty = tmp_path / "empty"
     empty.mkdir()
     if beside:
         namesake(empty, beside)
     address = origin_of(tmp_path)
     again = SETUP.replace(tool.repository(), address)
-    done = run_setup(empty, address, after=f"{again}\nimport ddpm_utils\nprint(ddpm_utils.marker, len(sys.path))")
+    done = run_setup(
+        empty, address, after=f"{again}\nimport ddpm_utils\nprint(ddpm_utils.marker, len(sys.path))"
+    )
     assert done.stdout.startswith("cloned "), done.stdout + done.stderr
     assert (empty / "ddpm-from-scratch").is_dir()
 
@@ -246,7 +282,9 @@ def test_setup_cell_passes_a_namesake_beside_the_notebook(tmp_path, kind):
     (tmp_path / "notebooks").mkdir()
     namesake(tmp_path / "notebooks", kind)
     (tmp_path / "ddpm_utils").symlink_to(ROOT / "ddpm_utils")
-    done = run_setup(tmp_path / "notebooks", after="from ddpm_utils import config\nprint(config.DATASETS)")
+    done = run_setup(
+        tmp_path / "notebooks", after="from ddpm_utils import config\nprint(config.DATASETS)"
+    )
     assert "fashion_mnist" in done.stdout, done.stdout + done.stderr
 
 
@@ -262,7 +300,11 @@ def test_setup_cell_takes_an_installed_package_and_passes_an_installed_namesake(
 @pytest.mark.parametrize(
     ("address", "words"),
     [
-        (NEVER, r"git failed \(fatal: .*https://github.com/nobody/never-made-this.*\): check the network, or clone"),
+        (
+            NEVER,
+            r"git failed \(fatal: .*https://github.com/nobody/never-made-this.*\): check the "
+            r"network, or clone",
+        ),
         (
             "https://github.com/OWNER/ddpm-from-scratch",
             "this copy's address is a placeholder: .*make address",
@@ -274,12 +316,16 @@ def test_setup_cell_says_in_one_line_what_to_do(tmp_path, address, words, beside
     if beside:
         namesake(tmp_path, beside)
     done = run_setup(tmp_path, address)
-    assert re.fullmatch(rf"Setup: {words}.*\n", done.stdout + done.stderr), done.stdout + done.stderr
+    assert re.fullmatch(rf"Setup: {words}.*\n", done.stdout + done.stderr), (
+        done.stdout + done.stderr
+    )
 
 
 def test_setup_cell_without_git(tmp_path):
     done = run_setup(tmp_path, PATH=str(tmp_path))
-    assert re.fullmatch(r"Setup: git is not installed: install it, or clone or download .*\n", done.stdout)
+    assert re.fullmatch(
+        r"Setup: git is not installed: install it, or clone or download .*\n", done.stdout
+    )
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -287,14 +333,18 @@ def test_setup_cell_meets_something_else_where_the_clone_would_go(tmp_path, kind
     target = tmp_path / NEVER.rsplit("/", 1)[-1]
     target.write_text("x") if kind == "file" else (target / "sub").mkdir(parents=True)
     done = run_setup(tmp_path)
-    assert re.fullmatch(r"Setup: \S*never-made-this is something else: rename it .*\n", done.stdout), done.stdout
+    assert re.fullmatch(
+        r"Setup: \S*never-made-this is something else: rename it .*\n", done.stdout
+    ), done.stdout
 
 
 @every_namesake
 def test_setup_cell_after_the_import_of_a_namesake(tmp_path, kind):
     namesake(tmp_path, kind)
     done = run_setup(tmp_path, before="import ddpm_utils")
-    assert re.fullmatch(r"Setup: another ddpm_utils is already imported: restart the kernel .*\n", done.stdout)
+    assert re.fullmatch(
+        r"Setup: another ddpm_utils is already imported: restart the kernel .*\n", done.stdout
+    )
 
 
 # The address.
@@ -335,14 +385,16 @@ def test_one_command_changes_the_address_there_and_back(copy_of_the_texts, new):
 
 def test_only_whole_addresses_change():
     text = (
-        "https://github.com/a/b, https://github.com/a/b.git and (https://github.com/a/b/issues). https://github.com/a/b. "
-        "https://raw.githubusercontent.com/a/b/main/x.gif "
-        "https://github.com/a/b-2 https://github.com/a/b.io https://github.com/aa/b https://example.com/a/b a/b +a/b="
+        "https://github.com/a/b, https://github.com/a/b.git and (https://github.com/a/b/issues). "
+        "https://github.com/a/b. https://raw.githubusercontent.com/a/b/main/x.gif "
+        "https://github.com/a/b-2 https://github.com/a/b.io https://github.com/aa/b "
+        "https://example.com/a/b a/b +a/b="
     )
     assert tool.with_address(text, "a/b", "c/d") == (
-        "https://github.com/c/d, https://github.com/c/d.git and (https://github.com/c/d/issues). https://github.com/c/d. "
-        "https://raw.githubusercontent.com/c/d/main/x.gif "
-        "https://github.com/a/b-2 https://github.com/a/b.io https://github.com/aa/b https://example.com/a/b a/b +a/b="
+        "https://github.com/c/d, https://github.com/c/d.git and (https://github.com/c/d/issues). "
+        "https://github.com/c/d. https://raw.githubusercontent.com/c/d/main/x.gif "
+        "https://github.com/a/b-2 https://github.com/a/b.io https://github.com/aa/b "
+        "https://example.com/a/b a/b +a/b="
     )
 
 
@@ -367,13 +419,26 @@ def test_an_address_as_people_paste_it(copy_of_the_texts, typed):
 
 @pytest.mark.parametrize(
     "typed",
-    ["", "a/b", "http://github.com/a/b", "https://github.com/a", "https://github.com/a/b/c", "https://github.com/a/..",
-     "https://github.com/a/b c", "https://gitlab.com/a/b", "git@github.com:a/b.git", 'https://github.com/a/b"',
-     "https://github.com/a/b;x", "https://github.com/hojonathanho/diffusion"],
-)  # fmt: skip
+    [
+        "",
+        "a/b",
+        "http://github.com/a/b",
+        "https://github.com/a",
+        "https://github.com/a/b/c",
+        "https://github.com/a/..",
+        "https://github.com/a/b c",
+        "https://gitlab.com/a/b",
+        "git@github.com:a/b.git",
+        'https://github.com/a/b"',
+        "https://github.com/a/b;x",
+        "https://github.com/hojonathanho/diffusion",
+    ],
+)
 def test_what_is_no_address_of_ours_changes_nothing(copy_of_the_texts, typed):
     before = bytes_below(copy_of_the_texts)
-    with pytest.raises(SystemExit, match="make address REPO=https://github.com/you/name|your own repository") as error:
+    with pytest.raises(
+        SystemExit, match="make address REPO=https://github.com/you/name|your own repository"
+    ) as error:
         tool.change_address(typed)
     assert "\n" not in str(error.value) and bytes_below(copy_of_the_texts) == before
 
@@ -382,9 +447,21 @@ def test_what_is_no_address_of_ours_changes_nothing(copy_of_the_texts, typed):
 @pytest.mark.parametrize("how", ["argument", "environment"])
 @pytest.mark.parametrize(
     "typed",
-    ["x; touch made", "$(shell touch made)", "$$(touch made)", "$(touch made)", "`touch made`", "x' ; touch made; '",
-     'x" ; touch made; "', "x\ntouch made", "x & touch made", "${shell touch made}", "--help", ""],
-)  # fmt: skip
+    [
+        "x; touch made",
+        "$(shell touch made)",
+        "$$(touch made)",
+        "$(touch made)",
+        "`touch made`",
+        "x' ; touch made; '",
+        'x" ; touch made; "',
+        "x\ntouch made",
+        "x & touch made",
+        "${shell touch made}",
+        "--help",
+        "",
+    ],
+)
 def test_make_runs_nothing_that_stands_in_the_address(copy_of_the_texts, typed, how):
     (copy_of_the_texts / "tools").mkdir()
     shutil.copy(ROOT / "tools" / "lessons.py", copy_of_the_texts / "tools")
@@ -393,7 +470,13 @@ def test_make_runs_nothing_that_stands_in_the_address(copy_of_the_texts, typed, 
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -B "$@"\n')
     python.chmod(0o755)
     before = bytes_below(copy_of_the_texts)
-    command = ["make", "-o", ".venv/run", "address", *([f"REPO={typed}"] if how == "argument" else [])]
+    command = [
+        "make",
+        "-o",
+        ".venv/run",
+        "address",
+        *([f"REPO={typed}"] if how == "argument" else []),
+    ]
     env = os.environ | ({"REPO": typed} if how == "environment" else {})
     env = {name: value for name, value in env.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
     done = subprocess.run(command, cwd=copy_of_the_texts, env=env, capture_output=True, text=True)
@@ -401,7 +484,8 @@ def test_make_runs_nothing_that_stands_in_the_address(copy_of_the_texts, typed, 
     assert done.returncode and bytes_below(copy_of_the_texts) == before
 
 
-# The settings: what the comment of each says is what the cell below checks, before it does anything else.
+# The settings: what the comment of each says is what the cell below checks, before it does anything
+# else.
 
 
 class Started(Exception):
@@ -410,7 +494,9 @@ class Started(Exception):
 
 @functools.cache
 def before_the_settings(lesson):
-    """The names that the lesson's setup cell and imports define, with a `runtime` whose `start` ends the cell."""
+    """The names that the lesson's setup cell and imports define, with a `runtime` whose `start`
+    ends the cell.
+    """
     names = {}
     for cell in code_cells(read_lesson(lesson))[:2]:
         exec(cell.source, names)
@@ -429,7 +515,10 @@ def settings_of(lesson):
 
 
 def check_settings(lesson, **changes):
-    """Run the config cell with other values and the cell below it. Raises Started if these values are fine."""
+    """Run the config cell with other values and the cell below it.
+
+    Raises Started if these values are fine.
+    """
     names = dict(before_the_settings(lesson))
     config_cell, below = code_cells(read_lesson(lesson))[2:4]
     exec(config_cell.source, names)
@@ -451,7 +540,9 @@ def good_and_bad(value, comment):
         whole = all(limit == int(limit) for limit in limits) and not isinstance(value, float)
         low, high = (int(limit) if whole else limit for limit in limits)
         good = [low, high, *([None] if none else [])]
-        return good, [*bad, low - 1, high + 1, high * 1e6, True, str(high), float("inf")] + [low + 0.5] * whole
+        return good, [*bad, low - 1, high + 1, high * 1e6, True, str(high), float("inf")] + [
+            low + 0.5
+        ] * whole
     if isinstance(value, bool):
         return [True, False], [*bad, 1, 0, "True"]
     if isinstance(value, str):
@@ -459,7 +550,18 @@ def good_and_bad(value, comment):
         return good, [*bad, good[0].upper(), f" {good[0]}", 0, True]
     if "multiples of 4" in comment:
         good = [(4, 8), (48, 64), *([None] if none else [])]
-        return good, [*bad, 48, (48,), (48, 65), (48.0, 64), (48, 0), (True, 4), "48, 64", (4,) * 4, ()]
+        return good, [
+            *bad,
+            48,
+            (48,),
+            (48, 65),
+            (48.0, 64),
+            (48, 0),
+            (True, 4),
+            "48, 64",
+            (4,) * 4,
+            (),
+        ]
     good = [int(text) for text in re.findall(r"\b[124]\b", comment)]
     return good, [*bad, 0, 3, -1, 1.0, True]
 
@@ -471,18 +573,24 @@ def test_settings_are_checked_where_they_are_set_and_as_their_comments_say(lesso
         assert good, f"{name}: the comment {comment!r} says neither a range nor options"
         for each in [value, *good]:
             with pytest.raises(Started):
-                check_settings(lesson, **{"IMAGE_SIZE": 64, name: each})  # a size for any number of levels
+                # a size for any number of levels
+                check_settings(lesson, **{"IMAGE_SIZE": 64, name: each})
         for each in bad:
             with pytest.raises(ValueError, match=f"^{name}=") as error:
                 check_settings(lesson, **{name: each})
             assert "\n" not in str(error.value) and repr(each) in str(error.value)
 
 
-# What readers change. Each line is one lesson executed whole, in fast mode, with other values in its config cell.
+# What readers change. Each line is one lesson executed whole, in fast mode, with other values in
+# its config cell.
 CHANGES = {
     "01": [{"T": 200}, {"T": 37}, {"DATASET": "mnist"}, {"DATASET": "digits"}, {"SEED": 7}],
     "02": [{"T": 200}, {"DIM": 64}, {"DATASET": "digits"}, {"SEED": 7}],
-    "03": [{"WIDTHS": (16, 32, 32), "IMAGE_SIZE": 32}, {"DATASET": "digits", "TIMESTEPS": 200}, {"SEED": 7}],
+    "03": [
+        {"WIDTHS": (16, 32, 32), "IMAGE_SIZE": 32},
+        {"DATASET": "digits", "TIMESTEPS": 200},
+        {"SEED": 7},
+    ],
     "04": [
         {"TARGET": "eps", "SCHEDULE": "linear"},
         {"TARGET": "x0"},
@@ -491,8 +599,19 @@ CHANGES = {
         {"TRAIN": False},
         {"SEED": 7},
     ],
-    "05": [{"DATASET": "mnist"}, {"DATASET": "digits"}, {"TIMESTEPS": 200}, {"SCHEDULE": "linear", "TARGET": "eps"}],
-    "06": [{"DATASET": "mnist", "STEPS": 3}, {"DATASET": "digits"}, {"N_SAMPLES": 40}, {"STEPS": 200}, {"SEED": 7}],
+    "05": [
+        {"DATASET": "mnist"},
+        {"DATASET": "digits"},
+        {"TIMESTEPS": 200},
+        {"SCHEDULE": "linear", "TARGET": "eps"},
+    ],
+    "06": [
+        {"DATASET": "mnist", "STEPS": 3},
+        {"DATASET": "digits"},
+        {"N_SAMPLES": 40},
+        {"STEPS": 200},
+        {"SEED": 7},
+    ],
     "07": [
         {"DATASET": "mnist", "SCALE": 0.0},
         {"DATASET": "digits"},
@@ -507,8 +626,18 @@ CHANGES = {
         {"STEPS": 2},
         {"SEED": 7},
     ],
-    "09": [{"DATASET": "digits"}, {"DATASET": "mnist", "N_IMAGES": 100}, {"STEPS": 200}, {"SEED": 7}],
-    "12": [{"DATASET": "digits", "N_RACE": 32}, {"DATASET": "mnist"}, {"TIMING_SECONDS": 20.0}, {"SEED": 7}],
+    "09": [
+        {"DATASET": "digits"},
+        {"DATASET": "mnist", "N_IMAGES": 100},
+        {"STEPS": 200},
+        {"SEED": 7},
+    ],
+    "12": [
+        {"DATASET": "digits", "N_RACE": 32},
+        {"DATASET": "mnist"},
+        {"TIMING_SECONDS": 20.0},
+        {"SEED": 7},
+    ],
 }
 CASES = [(name, change) for name in LESSONS for change in CHANGES.get(name[:2], [])]
 
@@ -529,7 +658,9 @@ def run_in_fast_mode(notebook, folder, **env):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lesson", "change"), CASES, ids=[f"{name[:2]}-{change}" for name, change in CASES])
+@pytest.mark.parametrize(
+    ("lesson", "change"), CASES, ids=[f"{name[:2]}-{change}" for name, change in CASES]
+)
 def test_changed_knobs_stay_green(lesson, change, tmp_path):
     notebook = tool.with_parameters(read_lesson(lesson), change)
     run_in_fast_mode(notebook, tmp_path, PYTHONPATH=str(ROOT))
@@ -539,7 +670,9 @@ def test_changed_knobs_stay_green(lesson, change, tmp_path):
 @every_lesson
 def test_all_cells_twice_in_one_kernel(lesson, tmp_path):
     notebook = read_lesson(lesson)
-    notebook.cells += [nbformat.from_dict({**cell, "id": f"again-{i}"}) for i, cell in enumerate(notebook.cells)]
+    notebook.cells += [
+        nbformat.from_dict({**cell, "id": f"again-{i}"}) for i, cell in enumerate(notebook.cells)
+    ]
     run_in_fast_mode(notebook, tmp_path, PYTHONPATH=str(ROOT))
 
 
@@ -548,7 +681,9 @@ UNSTEADY = re.compile(r"\d[\d.,]*(?= *(s|ms|images/s|GiB|pictures a second|thous
 
 
 def steady_part(cell):
-    """What a cell printed, without times and speeds; nothing where a network was trained for so many seconds."""
+    """What a cell printed, without times and speeds; nothing where a network was trained for so
+    many seconds.
+    """
     text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
     return "" if "weights: trained" in text else re.sub(r" +", " ", UNSTEADY.sub("#", text))
 
@@ -569,10 +704,17 @@ def test_every_cell_run_again_says_the_same(lesson, tmp_path):
 @pytest.mark.slow
 @every_lesson
 def test_without_any_data(lesson, tmp_path):
-    """From a copy elsewhere with no data folder and no network that answers: every lesson runs on the digits."""
+    """From a copy elsewhere with no data folder and no network that answers: every lesson runs on
+    the digits.
+    """
     copy = tmp_path / "copy"
-    shutil.copytree(ROOT / "ddpm_utils", copy / "ddpm_utils", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "ddpm_utils", copy / "ddpm_utils", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (copy / "somewhere").mkdir()
-    unreachable = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    unreachable = {
+        name: "http://127.0.0.1:9"
+        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+    }
     notebook = read_lesson(lesson)
     run_in_fast_mode(notebook, copy / "somewhere", DDPM_DATA_DIR="", no_proxy="", **unreachable)

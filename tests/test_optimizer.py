@@ -19,7 +19,9 @@ def test_orthogonalise_keeps_the_directions_and_levels_the_sizes(shape):
 
 def test_orthogonalise_does_not_see_the_scale():
     x = torch.randn(8, 20, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(room.orthogonalise(1e3 * x), room.orthogonalise(1e-3 * x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        room.orthogonalise(1e3 * x), room.orthogonalise(1e-3 * x), rtol=1e-3, atol=1e-4
+    )
 
 
 def two_layers():
@@ -28,12 +30,15 @@ def two_layers():
 
 
 class AsMatrices(torch.nn.Module):
-    """The same two layers with weights that are matrices, which is all that PyTorch's Muon takes."""
+    """The same two layers with weights that are matrices, which is all that
+    PyTorch's Muon takes.
+    """
 
     def __init__(self):
         super().__init__()
         self.own = torch.nn.ParameterList(
-            weight.detach().flatten(1) if weight.ndim > 1 else weight.detach() for weight in two_layers().parameters()
+            weight.detach().flatten(1) if weight.ndim > 1 else weight.detach()
+            for weight in two_layers().parameters()
         )
 
     def forward(self, x):
@@ -76,7 +81,8 @@ def test_muon_moves_matrices_as_pytorch_does_and_vectors_as_adamw_does():
     for before, a, b in zip(start, ours.parameters(), theirs.parameters(), strict=True):
         moved = (a - before).norm()
         assert moved > 0.01
-        assert (a - b.view_as(a)).norm() < 0.03 * moved  # PyTorch iterates in bfloat16, of 8 binary digits
+        # PyTorch iterates in bfloat16, of 8 binary digits
+        assert (a - b.view_as(a)).norm() < 0.03 * moved
 
 
 def test_muon_learns_and_resumes_bit_for_bit(tmp_path):

@@ -1,4 +1,6 @@
-"""The exact denoisers against Bayes in float64, against brute force, and against their own promised loss."""
+"""The exact denoisers against Bayes in float64, against brute force, and against their own promised
+loss.
+"""
 
 import math
 
@@ -37,7 +39,9 @@ def draw(mean, covariance, n, seed=1):
 
 
 def test_x0_hat_is_the_conditional_mean():
-    """Bayes for jointly normal x0 and x_t, at every t: m + Cov(x0, x_t) Cov(x_t)⁻¹ (x_t − E x_t), solved and not decomposed."""
+    """Bayes for jointly normal x0 and x_t, at every t: m + Cov(x0, x_t) Cov(x_t)⁻¹ (x_t − E x_t),
+    solved and not decomposed.
+    """
     mean, cov = gaussian()
     schedule, t = exact(cosine_betas(50)), torch.arange(50)
     x_t = torch.randn(50, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -52,10 +56,15 @@ def test_x0_hat_is_the_conditional_mean():
 
 @pytest.mark.parametrize("step", [0, 10, 25, 49])
 def test_x0_hat_is_the_posterior_mean_by_brute_force(step):
-    """Two pixels, the prior on a grid, each point weighted by the likelihood of x_t: no matrix anywhere."""
+    """Two pixels, the prior on a grid, each point weighted by the likelihood of x_t: no matrix
+    anywhere.
+    """
     mean = torch.tensor([0.2, -0.4], dtype=torch.float64)
     cov = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)
-    schedule, x_t = exact(linear_betas(50, scale=20)), torch.tensor([[0.7, -0.1]], dtype=torch.float64)
+    schedule, x_t = (
+        exact(linear_betas(50, scale=20)),
+        torch.tensor([[0.7, -0.1]], dtype=torch.float64),
+    )
     axis = torch.linspace(-5, 5, 1201, dtype=torch.float64)
     x0 = torch.cartesian_prod(axis, axis)
     ab = schedule.alpha_bars[step]
@@ -69,7 +78,9 @@ def test_x0_hat_is_the_posterior_mean_by_brute_force(step):
 
 
 def test_no_linear_change_of_the_prediction_does_better():
-    """The error of the conditional mean is uncorrelated with x_t: correlations of n pairs stay within a few 1 / √n."""
+    """The error of the conditional mean is uncorrelated with x_t: correlations of n pairs stay
+    within a few 1 / √n.
+    """
     mean, cov = gaussian()
     schedule, n = exact(cosine_betas(50)), 20_000
     x0, t = draw(mean, cov, n), torch.full((n,), 20)
@@ -81,7 +92,9 @@ def test_no_linear_change_of_the_prediction_does_better():
 
 
 def test_what_x0_hat_leaves_is_the_conditional_mean_of_the_noise_and_of_v():
-    """Bayes for eps and x_t: √(1 − ā) Cov(x_t)⁻¹ (x_t − E x_t); v is made of this and of E[x0 | x_t]."""
+    """Bayes for eps and x_t: √(1 − ā) Cov(x_t)⁻¹ (x_t − E x_t); v is made of this and of E[x0 |
+    x_t].
+    """
     mean, cov = gaussian()
     schedule, t = exact(cosine_betas(50)), torch.arange(50)
     x_t = torch.randn(50, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -95,7 +108,11 @@ def test_what_x0_hat_leaves_is_the_conditional_mean_of_the_noise_and_of_v():
     model = GaussianDenoiser(schedule, mean, cov)
     eps_hat = predict_eps(schedule, x_t, t, model(x_t, t))
     torch.testing.assert_close(eps_hat, eps_mean, rtol=1e-8, atol=1e-8)
-    for target, expected in (("eps", eps_mean), ("x0", x0_mean), ("v", velocity(schedule, x0_mean, t, eps_mean))):
+    for target, expected in (
+        ("eps", eps_mean),
+        ("x0", x0_mean),
+        ("v", velocity(schedule, x0_mean, t, eps_mean)),
+    ):
         answer = as_network(model, schedule, target)(x_t, t)
         torch.testing.assert_close(answer, expected, rtol=1e-8, atol=1e-8)
 
@@ -110,7 +127,9 @@ def test_the_log_density_is_that_of_x_t_up_to_a_constant():
     assert torch.equal(x0_hat, model(x_t, t)) and log_density.shape == (50,)
     ab = schedule.alpha_bars[:, None]
     covs = ab[..., None] * cov + (1 - ab)[..., None] * torch.eye(4, dtype=torch.float64)
-    expected = torch.distributions.MultivariateNormal(ab.sqrt() * mean, covs).log_prob(x_t.flatten(1))
+    expected = torch.distributions.MultivariateNormal(ab.sqrt() * mean, covs).log_prob(
+        x_t.flatten(1)
+    )
     constant = torch.full((50,), 2 * math.log(2 * math.pi), dtype=torch.float64)
     torch.testing.assert_close(log_density - expected, constant, rtol=1e-9, atol=1e-9)
 
@@ -135,7 +154,9 @@ def test_promised_loss_is_the_measured_loss(target, step):
 
 
 def test_loss_has_one_value_a_timestep_and_its_known_ends():
-    """Unit variance: every linear guess is equally good for v; x0 is lost at the end and eps at the start."""
+    """Unit variance: every linear guess is equally good for v; x0 is lost at the end and eps at the
+    start.
+    """
     schedule = make_schedule("cosine", 1000)
     model = GaussianDenoiser(schedule, torch.zeros(3), torch.eye(3))
     torch.testing.assert_close(model.loss("v"), torch.ones(1000))
@@ -150,7 +171,9 @@ def test_fit_takes_mean_and_covariance_from_images():
     fitted = fit_gaussian(schedule, images)
     flat = images.flatten(1).double()
     by_hand = GaussianDenoiser(
-        schedule, flat.mean(0).float(), (flat - flat.mean(0)).T.mm(flat - flat.mean(0)).float() / 499
+        schedule,
+        flat.mean(0).float(),
+        (flat - flat.mean(0)).T.mm(flat - flat.mean(0)).float() / 499,
     )
     x_t, t = torch.randn(50, 1, 2, 2, generator=torch.Generator().manual_seed(6)), torch.arange(50)
     torch.testing.assert_close(fitted(x_t, t), by_hand(x_t, t), rtol=0, atol=1e-5)
@@ -159,7 +182,9 @@ def test_fit_takes_mean_and_covariance_from_images():
 
 @pytest.mark.parametrize("n", [2, 20, 200])
 def test_fit_takes_fewer_pictures_than_pixels(n):
-    """Flat directions are the rule in images (a black border); their eigenvalues are 0 up to rounding, on either side of it."""
+    """Flat directions are the rule in images (a black border); their eigenvalues are 0 up to
+    rounding, on either side of it.
+    """
     images = torch.randn(n, 1, 12, 12, generator=torch.Generator().manual_seed(n)).clamp(-1, 1)
     images[..., :2] = -1
     schedule = make_schedule("cosine", 50)
@@ -183,7 +208,10 @@ def test_data_of_a_single_picture_is_found_at_once():
         (torch.eye(2), r"symmetric of shape \(3, 3\) to go with 3 means, got \(2, 2\)"),
         (torch.ones(3), r"symmetric of shape \(3, 3\) to go with 3 means, got \(3,\)"),
         (torch.tensor([[1.0, 0.5, 0], [0, 1, 0], [0, 0, 1]]), "must be symmetric"),
-        (torch.diag(torch.tensor([1.0, -0.5, 1.0])), "eigenvalue -0.5: variances cannot be negative"),
+        (
+            torch.diag(torch.tensor([1.0, -0.5, 1.0])),
+            "eigenvalue -0.5: variances cannot be negative",
+        ),
     ],
 )
 def test_refuses_what_is_no_covariance(covariance, message):
@@ -201,7 +229,8 @@ def test_refuses_an_unknown_target():
 
 
 @pytest.mark.parametrize(
-    "t, message", [(torch.tensor([10]), "t holds 10 … 10, .* 0 … 9"), (torch.tensor([1.0]), "use torch.long")]
+    "t, message",
+    [(torch.tensor([10]), "t holds 10 … 10, .* 0 … 9"), (torch.tensor([1.0]), "use torch.long")],
 )
 def test_refuses_a_bad_t(t, message):
     model = GaussianDenoiser(make_schedule("cosine", 10), torch.zeros(2), torch.eye(2))
@@ -215,7 +244,9 @@ def test_refuses_a_bad_t(t, message):
 def mixture():
     weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     means = torch.tensor([[-0.8, 0.1], [0.5, 0.6], [0.3, -0.7]], dtype=torch.float64)
-    factors = torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 0.25
+    factors = (
+        torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 0.25
+    )
     return weights, means, factors @ factors.mT + 0.01 * torch.eye(2, dtype=torch.float64)
 
 
@@ -227,7 +258,10 @@ def test_the_mixture_s_guess_is_the_posterior_mean_by_brute_force(step):
     x_t = torch.tensor([[0.7, -0.1], [-0.9, 0.4]], dtype=torch.float64)
     axis = torch.linspace(-4, 4, 1601, dtype=torch.float64)
     x0 = torch.cartesian_prod(axis, axis)
-    parts = [torch.distributions.MultivariateNormal(m, c).log_prob(x0) for m, c in zip(means, covariances, strict=True)]
+    parts = [
+        torch.distributions.MultivariateNormal(m, c).log_prob(x0)
+        for m, c in zip(means, covariances, strict=True)
+    ]
     log_prior = torch.logsumexp(torch.stack(parts) + weights.log()[:, None], dim=0)
     ab = schedule.alpha_bars[step]
     expected = []
@@ -280,10 +314,15 @@ def test_the_data_denoiser_is_bayes_over_the_images():
     for step in (0, 20, 49):
         ab = schedule.alpha_bars[step]
         likelihoods = (
-            torch.distributions.Normal(ab.sqrt() * images, (1 - ab).sqrt()).log_prob(x_t[step]).flatten(1).sum(1)
+            torch.distributions.Normal(ab.sqrt() * images, (1 - ab).sqrt())
+            .log_prob(x_t[step])
+            .flatten(1)
+            .sum(1)
         )
         shares = likelihoods.softmax(0)
-        torch.testing.assert_close(model.shares(x_t[step : step + 1], t[step : step + 1])[0], shares)
+        torch.testing.assert_close(
+            model.shares(x_t[step : step + 1], t[step : step + 1])[0], shares
+        )
         expected = torch.einsum("n,nchw->chw", shares, images)
         torch.testing.assert_close(model(x_t[step : step + 1], t[step : step + 1])[0], expected)
 
@@ -293,9 +332,14 @@ def test_the_data_denoiser_is_a_mixture_of_points():
     schedule, rng = exact(cosine_betas(50)), torch.Generator().manual_seed(3)
     images = torch.rand(5, 1, 1, 2, generator=rng, dtype=torch.float64) * 2 - 1
     x_t, t = torch.randn(40, 1, 1, 2, generator=rng, dtype=torch.float64), torch.arange(10, 50)
-    weights, points = torch.full((5,), 0.2, dtype=torch.float64), torch.zeros(5, 2, 2, dtype=torch.float64)
+    weights, points = (
+        torch.full((5,), 0.2, dtype=torch.float64),
+        torch.zeros(5, 2, 2, dtype=torch.float64),
+    )
     limit = MixtureDenoiser(schedule, weights, images.flatten(1), points)
-    torch.testing.assert_close(DataDenoiser(schedule, images)(x_t, t), limit(x_t, t), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        DataDenoiser(schedule, images)(x_t, t), limit(x_t, t), rtol=1e-8, atol=1e-8
+    )
 
 
 def test_no_other_answer_has_a_smaller_loss_on_the_images():
@@ -332,7 +376,9 @@ def oracles(schedule):
 @pytest.mark.parametrize("kind", ["gaussian", "mixture", "data"])
 def test_a_network_that_answers_for_an_oracle_gives_its_x0_hat_back(kind, target):
     schedule, t = exact(cosine_betas(50)), torch.arange(50)
-    x_t = 3 * torch.randn(50, 1, 1, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x_t = 3 * torch.randn(
+        50, 1, 1, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
     oracle = oracles(schedule)[kind]
     x0_hat, network = oracle(x_t, t), as_network(oracle, schedule, target)
     found = Denoiser(network, schedule, target, clamp=False)(x_t, t)

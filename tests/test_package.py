@@ -1,4 +1,6 @@
-"""What holds for the package as a whole: quiet imports, arrows that point one way, docstrings, size."""
+"""What holds for the package as a whole: quiet imports, arrows that point one way, docstrings,
+size.
+"""
 
 import ast
 import io
@@ -34,7 +36,17 @@ MAY_IMPORT = {
     "sampling": {"diffusion", "schedules"},
     "evaluation": {"data", "diffusion", "schedules", "runtime"},
     "oracle": {"diffusion", "schedules"},
-    "pretrained": {"gallery", "unet", "config", "data", "runtime", "training", "runs", "checkpoints", "evaluation"},
+    "pretrained": {
+        "gallery",
+        "unet",
+        "config",
+        "data",
+        "runtime",
+        "training",
+        "runs",
+        "checkpoints",
+        "evaluation",
+    },
     "gallery": set(),
     "exercises": {"embeddings", "unet"},
     "plots": {"data"},
@@ -81,9 +93,12 @@ def watch(event, args):
     if event.startswith("socket.connect"):
         touched.append((event, str(args)))
     if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.scandir", "os.listdir") and args:
-        path = os.path.abspath(os.fsdecode(args[0])) if isinstance(args[0], (str, bytes, os.PathLike)) else ""
-        code = event == "open" and path.endswith((".py", ".pyc")) or event in ("os.listdir", "os.scandir")
-        mine = path.startswith((root + os.sep, os.getcwd() + os.sep)) and not path.startswith(venv + os.sep)
+        named = isinstance(args[0], (str, bytes, os.PathLike))
+        path = os.path.abspath(os.fsdecode(args[0])) if named else ""
+        code = event == "open" and path.endswith((".py", ".pyc"))
+        code = code or event in ("os.listdir", "os.scandir")
+        mine = path.startswith((root + os.sep, os.getcwd() + os.sep))
+        mine = mine and not path.startswith(venv + os.sep)
         if mine and not code:
             touched.append((event, path))
 sys.addaudithook(watch)
@@ -102,15 +117,22 @@ def test_importing_every_room_prints_nothing_loads_nothing_heavy_and_touches_no_
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "MPLBACKEND": "agg"}
     done = subprocess.run(
         [sys.executable, "-c", WATCH, str(PACKAGE.parent), *names],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if room(file) not in {"", *COMMAND_LINE}], ids=module_name)
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if room(file) not in {"", *COMMAND_LINE}], ids=module_name
+)
 def test_the_arrows_between_rooms_point_one_way(file):
-    assert room(file) in MAY_IMPORT, f"{file.name} is a new room: say in MAY_IMPORT what it may import"
+    assert room(file) in MAY_IMPORT, (
+        f"{file.name} is a new room: say in MAY_IMPORT what it may import"
+    )
     beyond = imported_rooms(file) - MAY_IMPORT[room(file)]
     assert not beyond, f"{room(file)} may not import {beyond}"
 
@@ -132,8 +154,18 @@ def test_the_package_itself_imports_no_room():
 def test_only_runtime_reads_environment_variables(file):
     """And the command line sets one, before torch is loaded."""
     names = {node.attr for node in ast.walk(parse(file)) if isinstance(node, ast.Attribute)}
-    names |= {alias.name for node in ast.walk(parse(file)) if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert room(file) in ("runtime", "__main__") or not names & {"environ", "environb", "getenv", "putenv"}
+    names |= {
+        alias.name
+        for node in ast.walk(parse(file))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert room(file) in ("runtime", "__main__") or not names & {
+        "environ",
+        "environb",
+        "getenv",
+        "putenv",
+    }
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)
@@ -141,9 +173,10 @@ def test_every_module_and_every_public_function_and_class_has_a_docstring(file):
     tree = parse(file)
     assert ast.get_docstring(tree), f"{file.name} does not say what it is for"
     public = [
-        node for node in tree.body
+        node
+        for node in tree.body
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
-    ]  # fmt: skip
+    ]
     assert [node.name for node in public if not ast.get_docstring(node)] == []
 
 
@@ -157,14 +190,26 @@ def code_of(file: Path) -> list[str]:
     source = file.read_text(encoding="utf-8")
     docstrings = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
             docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    empty = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    empty = {
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    }
     lines = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in empty:
             lines |= set(range(token.start[0], token.end[0] + 1))
-    return [line for number, line in enumerate(source.splitlines(), 1) if number in lines - docstrings]
+    return [
+        line for number, line in enumerate(source.splitlines(), 1) if number in lines - docstrings
+    ]
 
 
 def test_the_package_is_small():

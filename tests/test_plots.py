@@ -18,7 +18,9 @@ SIZE = 3
 
 def greys(values, channels=1, size=SIZE):
     """One constant image a value (0 … 255), in model range."""
-    images = torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, channels, size, size)
+    images = (
+        torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, channels, size, size)
+    )
     return to_model_range(images)
 
 
@@ -45,7 +47,9 @@ def test_tile_drops_no_image_and_pads_with_white(n, columns, channels):
     k = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // k)
     height, width = rows * (SIZE + gap) - gap, k * (SIZE + gap) - gap
-    assert picture.dtype == np.uint8 and picture.shape == (height, width) + ((3,) if channels == 3 else ())
+    assert picture.dtype == np.uint8 and picture.shape == (height, width) + (
+        (3,) if channels == 3 else ()
+    )
     for i in range(rows * k):
         top, left = (i // k) * (SIZE + gap), (i % k) * (SIZE + gap)
         cell = picture[top : top + SIZE, left : left + SIZE]
@@ -55,14 +59,17 @@ def test_tile_drops_no_image_and_pads_with_white(n, columns, channels):
 
 def test_tile_keeps_colours_and_orientation():
     x = torch.rand(1, 3, 4, 5) * 2 - 1
-    assert np.array_equal(plots.tile(x), ((x[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
+    assert np.array_equal(
+        plots.tile(x), ((x[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+    )
     assert plots.tile(x.expand(4, -1, -1, -1), columns=2, gap=0).shape == (8, 10, 3)
 
 
 @pytest.mark.parametrize("value", [0, 1, 90, 128, 254, 255])
 def test_a_constant_grey_stays_that_grey(value):
     assert (plots.tile(greys([value])) == value).all()
-    assert (plots.tile(greys([value, 255 - value]), gap=0)[:, :SIZE] == value).all()  # whatever stands beside it
+    # whatever stands beside it
+    assert (plots.tile(greys([value, 255 - value]), gap=0)[:, :SIZE] == value).all()
 
 
 def test_values_beyond_the_range_are_clamped():
@@ -103,7 +110,9 @@ def test_grid_shows_the_tile_on_a_fixed_range(channels):
 
 
 def test_strip_has_a_row_a_name_and_a_title_a_column():
-    fig = plots.strip({"a": greys([0, 50, 100]), "b": greys([1, 2, 3])}, ["t=0", "t=1", "t=2"], "all")
+    fig = plots.strip(
+        {"a": greys([0, 50, 100]), "b": greys([1, 2, 3])}, ["t=0", "t=1", "t=2"], "all"
+    )
     assert len(fig.axes) == 6 and [ax.get_title() for ax in fig.axes[:3]] == ["t=0", "t=1", "t=2"]
     assert [fig.axes[i].get_ylabel() for i in (0, 3)] == ["a", "b"]
     assert {ax.images[0].get_clim() for ax in fig.axes} == {(0, 255)}
@@ -120,7 +129,10 @@ def test_show_keeps_every_pixel_and_saves_grey_ones_once():
     for fig, shape in ((plots.grid(greys([7])), 2), (coloured, 3)):
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png", dpi=plots.STYLE["savefig.dpi"])
-        drawn, kept = iio.imread(buffer.getvalue(), extension=".png"), iio.imread(plots.show(fig, "a figure").data)
+        drawn, kept = (
+            iio.imread(buffer.getvalue(), extension=".png"),
+            iio.imread(plots.show(fig, "a figure").data),
+        )
         assert kept.ndim == shape and (drawn[..., 3] == 255).all()
         assert (kept.reshape(*drawn.shape[:2], -1) == drawn[..., :3]).all()
 
@@ -129,7 +141,10 @@ def test_show_makes_a_png_with_its_text():
     picture = plots.show(plots.grid(greys([7])), "one grey square")
     assert picture.data.startswith(b"\x89PNG")
     bundle, metadata = picture._repr_mimebundle_()
-    assert bundle["text/plain"] == "one grey square" and metadata["image/png"]["alt"] == "one grey square"
+    assert (
+        bundle["text/plain"] == "one grey square"
+        and metadata["image/png"]["alt"] == "one grey square"
+    )
 
 
 @pytest.mark.parametrize("alt", ["", "  \n"])
@@ -165,7 +180,9 @@ def test_frame_times_refuses_fewer_than_two(frames):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gif_frames_durations_scale_and_loop_read_back(tmp_path, channels):
     states = [greys([0, 51, 102, 153, 255 - 17 * i], channels) for i in range(4)]
-    path = plots.save_gif(tmp_path / "new" / "a.gif", states, columns=3, ms=80, hold_ms=700, scale=4)
+    path = plots.save_gif(
+        tmp_path / "new" / "a.gif", states, columns=3, ms=80, hold_ms=700, scale=4
+    )
     frames, durations, loop = read_gif(path)
     assert len(frames) == 4 and durations == [80, 80, 80, 700] and loop == 0
     for frame, state in zip(frames, states, strict=True):
@@ -183,9 +200,15 @@ def test_identical_frames_keep_their_time(tmp_path):
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("values", [[255], [0, 255], [0, 0]], ids=["one", "two", "twice the same"])
 def test_few_and_small_frames_are_a_gif_too(tmp_path, values, size):
-    frames, *_ = read_gif(plots.save_gif(tmp_path / "a.gif", [greys([v], size=size) for v in values]))
+    frames, *_ = read_gif(
+        plots.save_gif(tmp_path / "a.gif", [greys([v], size=size) for v in values])
+    )
     assert [frame.shape for frame in frames] == [(size, size, 3)] * len(set(values))
-    assert [frame.min() for frame in frames] == [frame.max() for frame in frames] == sorted(set(values))
+    assert (
+        [frame.min() for frame in frames]
+        == [frame.max() for frame in frames]
+        == sorted(set(values))
+    )
 
 
 @pytest.mark.parametrize("levels", [2, 16, 256])
@@ -193,7 +216,11 @@ def test_a_constant_grey_keeps_its_level_in_every_frame(tmp_path, levels):
     states = [torch.cat([greys([119], size=8), torch.randn(1, 1, 8, 8)]) for _ in range(4)]
     frames, *_ = read_gif(plots.save_gif(tmp_path / "a.gif", states, columns=2, greys=levels))
     shown = np.stack([frame[:8, :8] for frame in frames]).astype(int)
-    assert len(frames) == 4 and shown.min() == shown.max() and abs(shown.min() - 119) <= 128 / (levels - 1)
+    assert (
+        len(frames) == 4
+        and shown.min() == shown.max()
+        and abs(shown.min() - 119) <= 128 / (levels - 1)
+    )
     assert len(np.unique(np.stack(frames))) <= levels
 
 
@@ -203,7 +230,10 @@ def test_a_constant_grey_keeps_its_level_in_every_frame(tmp_path, levels):
         ([], "zero frames"),
         ([torch.zeros(1, 1, 4, 4, dtype=torch.uint8)], "uint8"),
         ([torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), float("nan"))], "NaN"),
-        ([torch.zeros(1, 1, 4, 4), torch.zeros(2, 1, 4, 4)], r"different shapes.*\(1, 1, 4, 4\).*\(2, 1, 4, 4\)"),
+        (
+            [torch.zeros(1, 1, 4, 4), torch.zeros(2, 1, 4, 4)],
+            r"different shapes.*\(1, 1, 4, 4\).*\(2, 1, 4, 4\)",
+        ),
         ([torch.zeros(1, 2, 4, 4)], "1 or 3 channels"),
     ],
 )
@@ -214,7 +244,9 @@ def test_bad_frames_are_refused_and_no_file_is_made(tmp_path, frames, words):
 
 
 @pytest.mark.parametrize(
-    "option", [dict(greys=1), dict(greys=257), dict(scale=-1), dict(ms=0), dict(hold_ms=-10)], ids=str
+    "option",
+    [dict(greys=1), dict(greys=257), dict(scale=-1), dict(ms=0), dict(hold_ms=-10)],
+    ids=str,
 )
 def test_bad_gif_options_are_refused_by_name(tmp_path, option):
     ((name, value),) = option.items()

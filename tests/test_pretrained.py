@@ -42,14 +42,22 @@ def keep(cfg, model, name, steps=3, age=0):
 
 
 def equal(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def test_load_gives_the_network_in_eval_mode_and_its_config(shelf, tiny, net):
     cfg = tiny()
     shelf("small", cfg, net(cfg))
     model, found = pretrained.load("small")
-    assert found == cfg and equal(model, net(cfg)) and not model.training and pretrained.names() == ["small"]
+    assert (
+        found == cfg
+        and equal(model, net(cfg))
+        and not model.training
+        and pretrained.names() == ["small"]
+    )
 
 
 @pytest.mark.parametrize("call", [pretrained.card, pretrained.load])
@@ -94,7 +102,9 @@ def test_obtain_takes_the_newest_own_checkpoint_that_fits(shelf, tiny, net, caps
     assert line == "weights: your own, from checkpoints/lesson_04/new/last.pt, 22 steps"
 
 
-def test_obtain_passes_over_a_damaged_checkpoint_and_tells_no_absolute_path(shelf, tiny, net, capsys, tmp_path):
+def test_obtain_passes_over_a_damaged_checkpoint_and_tells_no_absolute_path(
+    shelf, tiny, net, capsys, tmp_path
+):
     cfg = tiny()
     shelf("small", cfg, net(cfg, 9))
     path = keep(cfg, net(cfg), "new")
@@ -129,16 +139,34 @@ def test_fast_mode_keeps_to_its_own_folder(shelf, tiny, net, monkeypatch):
 def test_recipes_share_the_weights_of_the_default_config(name):
     recipe = make.RECIPES[name]
     assert name in (recipe.dataset, f"{recipe.dataset}_labels")
-    assert recipe.differences(config.TrainConfig(dataset=recipe.dataset, num_classes=recipe.num_classes)) == []
+    assert (
+        recipe.differences(
+            config.TrainConfig(dataset=recipe.dataset, num_classes=recipe.num_classes)
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_weights_load_are_small_and_have_a_full_card(name):
     model, cfg = pretrained.load(name)
     card = pretrained.card(name)
-    assert cfg.replace(label_drop=0.1) == make.RECIPES[name] and pretrained.matching(cfg.replace(seed=77)) == name
+    assert (
+        cfg.replace(label_drop=0.1) == make.RECIPES[name]
+        and pretrained.matching(cfg.replace(seed=77)) == name
+    )
     assert card["parameters"] == sum(p.numel() for p in model.parameters())
-    assert {"data", "weights", "held_out_loss", "hardware", "torch", "minutes", "seed", "date", "licence"} <= set(card)
+    assert {
+        "data",
+        "weights",
+        "held_out_loss",
+        "hardware",
+        "torch",
+        "minutes",
+        "seed",
+        "date",
+        "licence",
+    } <= set(card)
     assert 0 < card["held_out_loss"] < 1 and "/" not in card["hardware"]
     assert (SHIPPED_FOLDER / f"{name}.pt").stat().st_size < 8_000_000
     assert all(w.dtype == torch.float32 and w.isfinite().all() for w in model.state_dict().values())
@@ -164,7 +192,9 @@ def put_classifier(folder, dataset, seed=0):
 
 
 def accuracy(model, image_set) -> float:
-    probabilities = evaluation.class_probabilities(model, evaluation.extract_features(model, image_set.images))
+    probabilities = evaluation.class_probabilities(
+        model, evaluation.extract_features(model, image_set.images)
+    )
     return (probabilities.argmax(dim=1) == image_set.labels).double().mean().item()
 
 
@@ -172,7 +202,16 @@ def accuracy(model, image_set) -> float:
 def test_shipped_classifiers_load_are_small_and_have_a_full_card(name):
     model, card = pretrained.load_classifier(name), pretrained.card(pretrained.CLASSIFIER + name)
     assert not model.training and card["parameters"] == sum(p.numel() for p in model.parameters())
-    assert {"data", "test_images", "hardware", "torch", "minutes", "seed", "date", "licence"} <= set(card)
+    assert {
+        "data",
+        "test_images",
+        "hardware",
+        "torch",
+        "minutes",
+        "seed",
+        "date",
+        "licence",
+    } <= set(card)
     assert card["recipe"] == make.CLASSIFIERS[name] and card["data"].startswith(data.TITLES[name])
     assert card["test_accuracy"] >= {"fashion_mnist": 0.91, "mnist": 0.99}[name]
     assert (SHIPPED_FOLDER / f"{pretrained.CLASSIFIER}{name}.pt").stat().st_size <= 500_000
@@ -198,7 +237,9 @@ def test_load_classifier_names_what_there_is_and_refuses_damage(shelf):
         pretrained.load_classifier("mnist")
 
 
-def test_obtain_classifier_takes_the_shipped_one_only_for_its_own_images(shelf, monkeypatch, capsys):
+def test_obtain_classifier_takes_the_shipped_one_only_for_its_own_images(
+    shelf, monkeypatch, capsys
+):
     shipped = put_classifier(pretrained.FOLDER, "mnist")
     images, labels = torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.tensor([0, 1, 2, 3])
     mnist = data.ImageSet(images, labels, data.DIGITS, data.TITLES["mnist"], "here")
@@ -216,11 +257,16 @@ def test_obtain_classifier_takes_the_shipped_one_only_for_its_own_images(shelf, 
 
 def test_without_any_data_set_a_classifier_of_the_digits_is_trained_in_seconds(capsys):
     state = torch.get_rng_state()
-    train_set, test_set = data.load_images("digits", say=False), data.load_images("digits", "test", say=False)
+    train_set, test_set = (
+        data.load_images("digits", say=False),
+        data.load_images("digits", "test", say=False),
+    )
     model = pretrained.obtain_classifier(train_set)
     assert accuracy(model, test_set) >= 0.9 and not model.training
     assert "training one now on 1,500 images" in capsys.readouterr().out
-    assert torch.equal(torch.get_rng_state(), state), "training a classifier moved the global generator"
+    assert torch.equal(torch.get_rng_state(), state), (
+        "training a classifier moved the global generator"
+    )
 
 
 def test_make_writes_a_classifier_that_loads(shelf, monkeypatch):

@@ -16,12 +16,44 @@ from ddpm_utils.recipes import RECIPES
 pytestmark = pytest.mark.usefixtures("own_folders")
 # Written down from the sources, apart from the code.
 PUBLISHED = {
-    "anime": {"image_size": 48, "channels": 3, "pad": 0, "batch_size": 32, "lr": 1e-4, "epochs": 50, "ema_decay": 0},
-    "article": {"image_size": 28, "channels": 1, "pad": 0, "batch_size": 128, "lr": 1e-3, "epochs": 20, "ema_decay": 0},
-    "mnist32": {"image_size": 32, "channels": 1, "pad": 2, "batch_size": 64, "lr": 2e-5, "epochs": 75, "ema_decay": 0.9999},
-}  # fmt: skip
-ALL = {"timesteps": 1000, "schedule": "linear", "beta_scale": 1, "target": "eps", "timestep_draw": "uniform",
-       "optimizer": "adam", "weight_decay": 0, "num_classes": 0}  # fmt: skip
+    "anime": {
+        "image_size": 48,
+        "channels": 3,
+        "pad": 0,
+        "batch_size": 32,
+        "lr": 1e-4,
+        "epochs": 50,
+        "ema_decay": 0,
+    },
+    "article": {
+        "image_size": 28,
+        "channels": 1,
+        "pad": 0,
+        "batch_size": 128,
+        "lr": 1e-3,
+        "epochs": 20,
+        "ema_decay": 0,
+    },
+    "mnist32": {
+        "image_size": 32,
+        "channels": 1,
+        "pad": 2,
+        "batch_size": 64,
+        "lr": 2e-5,
+        "epochs": 75,
+        "ema_decay": 0.9999,
+    },
+}
+ALL = {
+    "timesteps": 1000,
+    "schedule": "linear",
+    "beta_scale": 1,
+    "target": "eps",
+    "timestep_draw": "uniform",
+    "optimizer": "adam",
+    "weight_decay": 0,
+    "num_classes": 0,
+}
 
 
 def error_of(capsys) -> str:
@@ -43,21 +75,35 @@ def test_a_recipe_is_the_published_one_to_the_digit(name):
 
 def test_the_guide_takes_its_own_advice():
     cfg = TrainConfig(**recipes.fields("guide"))
-    assert all(getattr(cfg, field) == value for field, value in ALL.items()) and cfg.model == "guide"
+    assert (
+        all(getattr(cfg, field) == value for field, value in ALL.items()) and cfg.model == "guide"
+    )
     rates = [training.learning_rate(step, 100, cfg) for step in range(100)]
     assert rates == sorted(rates, reverse=True) and rates[-1] < rates[0] / 10 and cfg.grad_clip == 1
 
 
 def test_one_recipe_alone_has_pictures_in_another_range():
-    assert [name for name, recipe in RECIPES.items() if recipe.config.get("data_range") == "unit"] == ["mnist32"]
+    assert [
+        name for name, recipe in RECIPES.items() if recipe.config.get("data_range") == "unit"
+    ] == ["mnist32"]
 
 
 def test_what_is_drawn_is_what_was_shown():
     anime, article, mnist32 = (RECIPES[name] for name in ("anime", "article", "mnist32"))
     assert (anime.pictures, anime.columns, anime.variance) == (12, 6, "beta_tilde")
-    assert (article.pictures, article.frames, article.filmed, article.variance) == (100, 100, 16, "beta")
-    assert mnist32.strip == (999, 700, 550, 400, 300, 200, 100, 50, 15, 0) and mnist32.variance == "beta"
-    assert mnist32.pictures == 10 and not any((anime.strip, article.strip, anime.frames, mnist32.frames))
+    assert (article.pictures, article.frames, article.filmed, article.variance) == (
+        100,
+        100,
+        16,
+        "beta",
+    )
+    assert (
+        mnist32.strip == (999, 700, 550, 400, 300, 200, 100, 50, 15, 0)
+        and mnist32.variance == "beta"
+    )
+    assert mnist32.pictures == 10 and not any(
+        (anime.strip, article.strip, anime.frames, mnist32.frames)
+    )
 
 
 def test_recipes_are_named_after_the_gallery():
@@ -66,7 +112,9 @@ def test_recipes_are_named_after_the_gallery():
 
 def test_what_is_chosen_goes_before_the_recipe_and_channels_follow_the_data():
     assert recipes.fields("article", dataset="mnist", lr=1e-4)["lr"] == 1e-4
-    assert [recipes.fields("anime", dataset=where)["channels"] for where in ("./faces", "mnist")] == [3, 1]
+    assert [
+        recipes.fields("anime", dataset=where)["channels"] for where in ("./faces", "mnist")
+    ] == [3, 1]
     assert recipes.fields("article", dataset="./faces")["channels"] == 1
     assert recipes.fields("guide", dataset="./faces", channels=3)["channels"] == 3
 
@@ -90,7 +138,9 @@ def test_the_two_ways_into_the_unit_range_and_back():
 
 
 @pytest.mark.parametrize(("data_range", "low"), [("symmetric", -1), ("unit", 0)])
-def test_training_and_measuring_take_pictures_of_the_configs_range(tiny, net, monkeypatch, data_range, low):
+def test_training_and_measuring_take_pictures_of_the_configs_range(
+    tiny, net, monkeypatch, data_range, low
+):
     """Seen by `q_sample`, through which every picture goes on its way to the network."""
     cfg, seen = tiny(data_range=data_range, batch_size=2, epochs=0.5), []
     q_sample = diffusion.q_sample
@@ -110,13 +160,21 @@ def test_training_and_measuring_take_pictures_of_the_configs_range(tiny, net, mo
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_in_the_unit_range_nothing_is_clamped_and_pictures_come_back_in_model_range(tiny, monkeypatch, sampler):
-    """A network that always says 1.5 in its own range, with x̂0 as its target: clamped it would be 1."""
+def test_in_the_unit_range_nothing_is_clamped_and_pictures_come_back_in_model_range(
+    tiny, monkeypatch, sampler
+):
+    """A network that always says 1.5 in its own range, with x̂0 as its target: clamped it would be
+    1.
+    """
     cfg = tiny(data_range="unit", target="x0")
-    x, kept = drawing.draw(lambda x_t, t, y: torch.full_like(x_t, 1.5), cfg, drawing.plan(cfg, 2, sampler), "cpu", [-1])
+    x, kept = drawing.draw(
+        lambda x_t, t, y: torch.full_like(x_t, 1.5), cfg, drawing.plan(cfg, 2, sampler), "cpu", [-1]
+    )
     assert torch.allclose(x, torch.full_like(x, 2 * 1.5 - 1)) and torch.equal(kept[-1], x)
     cfg = tiny(target="x0")
-    x, _ = drawing.draw(lambda x_t, t, y: torch.full_like(x_t, 1.5), cfg, drawing.plan(cfg, 2, sampler), "cpu")
+    x, _ = drawing.draw(
+        lambda x_t, t, y: torch.full_like(x_t, 1.5), cfg, drawing.plan(cfg, 2, sampler), "cpu"
+    )
     assert torch.allclose(x, torch.ones_like(x))
 
 
@@ -131,11 +189,21 @@ def test_each_recipe_trains_and_draws_in_fast_mode(name, tmp_path, monkeypatch, 
     cfg = config.from_dict(checkpoints.read(run / "last.pt")["config"])
     asked = TrainConfig(**recipes.fields(name, dataset="digits"))
     assert cfg == config.for_this_run(asked) and cfg.channels == 1
-    assert command.main(["sample", "--recipe", name, "--weights", str(run), "--n", "2", "--out", str(out)]) == 0
-    recipe, side = RECIPES[name], cfg.image_size
-    files = ["grid.png", "samples.json"] + ["samples.gif"] * bool(recipe.frames) + ["strip.png"] * bool(recipe.strip)
     assert (
-        sorted(path.name for path in out.iterdir()) == sorted(files) and f"wrote {files[0]}" in capsys.readouterr().out
+        command.main(
+            ["sample", "--recipe", name, "--weights", str(run), "--n", "2", "--out", str(out)]
+        )
+        == 0
+    )
+    recipe, side = RECIPES[name], cfg.image_size
+    files = (
+        ["grid.png", "samples.json"]
+        + ["samples.gif"] * bool(recipe.frames)
+        + ["strip.png"] * bool(recipe.strip)
+    )
+    assert (
+        sorted(path.name for path in out.iterdir()) == sorted(files)
+        and f"wrote {files[0]}" in capsys.readouterr().out
     )
     assert iio.imread(out / "grid.png").shape == (side, recipe.columns * (side + 2) - 2)
     if recipe.frames:  # more than T here, and equal ones become one
@@ -144,14 +212,28 @@ def test_each_recipe_trains_and_draws_in_fast_mode(name, tmp_path, monkeypatch, 
 
 def test_the_pictures_of_a_recipe_are_those_of_its_own_sampler(monkeypatch, tiny):
     """Variance and no clamp reach the sampler; the times of the strip follow T."""
-    options = type("Options", (), {"recipe": "mnist32", "sampler": None, "steps": None, "n": None, "seed": 4})
+    options = type(
+        "Options", (), {"recipe": "mnist32", "sampler": None, "steps": None, "n": None, "seed": 4}
+    )
     how, views = sample_command.of_recipe(options, tiny(timesteps=100))
     assert how == drawing.Plan(10, "ddpm", 100, 4, "beta", False)
-    assert views.strip == [99, 70, 55, 40, 30, 20, 10, 5, 1, 0] and views.rows == 10 and views.film == []
-    assert sample_command.of_recipe(options, tiny(timesteps=1000))[1].strip == list(RECIPES["mnist32"].strip)
+    assert (
+        views.strip == [99, 70, 55, 40, 30, 20, 10, 5, 1, 0]
+        and views.rows == 10
+        and views.film == []
+    )
+    assert sample_command.of_recipe(options, tiny(timesteps=1000))[1].strip == list(
+        RECIPES["mnist32"].strip
+    )
     options.recipe = "article"
     how, views = sample_command.of_recipe(options, tiny(timesteps=1000))
-    assert (how.n, how.variance, len(views.film), views.film[0], views.film[-1]) == (100, "beta", 100, 999, -1)
+    assert (how.n, how.variance, len(views.film), views.film[0], views.film[-1]) == (
+        100,
+        "beta",
+        100,
+        999,
+        -1,
+    )
     asked = []
 
     def sampler(denoise, schedule, shape, variance, *more):
@@ -169,8 +251,18 @@ def test_a_recipe_learns_from_a_folder_in_its_own_colours(name, tmp_path, monkey
     (tmp_path / "faces").mkdir()
     rng = np.random.default_rng(0)
     for i in range(6):
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(tmp_path / "faces" / f"{i}.png")
-    flags = ["train", "--recipe", name, "--dataset", str(tmp_path / "faces"), "--out", str(tmp_path / "run")]
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(
+            tmp_path / "faces" / f"{i}.png"
+        )
+    flags = [
+        "train",
+        "--recipe",
+        name,
+        "--dataset",
+        str(tmp_path / "faces"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert command.main(flags) == 0
     assert iio.imread(tmp_path / "run" / "samples.png").ndim == (3 if name == "anime" else 2)
     assert command.main([*flags, "--resume"]) == 0  # the same flags contradict nothing
@@ -190,18 +282,36 @@ def test_without_weights_the_run_of_the_recipe_is_found_or_asked_for(fast, capsy
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("train --recipe anime --out {tmp}/new", "for pictures of your own: name their folder, as in --dataset ./faces"),
+        (
+            "train --recipe anime --out {tmp}/new",
+            "for pictures of your own: name their folder, as in --dataset ./faces",
+        ),
         ("train --dataset faces --out {tmp}/new", "dataset='faces' is not known"),
         ("train --dataset {tmp}/none --out {tmp}/new", "no folder"),
         ("train --dataset {tmp} --out {tmp}/new", "holds no image"),
-        ("train --recipe article --dataset digits --image-size 32 --out {tmp}/new", "expected (batch, 1, 28, 28)"),
-        ("train --recipe mnist32 --dataset digits --image-size 28 --out {tmp}/new", "must be multiples of 8: try 24 or 32"),
-        ("train --recipe article --dataset digits --channels 3 --out {tmp}/new", "published for grey images"),
+        (
+            "train --recipe article --dataset digits --image-size 32 --out {tmp}/new",
+            "expected (batch, 1, 28, 28)",
+        ),
+        (
+            "train --recipe mnist32 --dataset digits --image-size 28 --out {tmp}/new",
+            "must be multiples of 8: try 24 or 32",
+        ),
+        (
+            "train --recipe article --dataset digits --channels 3 --out {tmp}/new",
+            "published for grey images",
+        ),
         ("sample --recipe anime", "no run of the recipe 'anime'"),
-        ("sample --recipe anime --weights fashion_mnist --steps 5", "leave --sampler and --steps out"),
-        ("sample --recipe anime --weights fashion_mnist --sampler ddim", "leave --sampler and --steps out"),
+        (
+            "sample --recipe anime --weights fashion_mnist --steps 5",
+            "leave --sampler and --steps out",
+        ),
+        (
+            "sample --recipe anime --weights fashion_mnist --sampler ddim",
+            "leave --sampler and --steps out",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_gets_one_line_and_writes_nothing(tmp_path, capsys, line, says):
     place = tmp_path / "place"
     place.mkdir()

@@ -1,4 +1,6 @@
-"""What a run does with its folder and its images: who may write there, when it goes on, and where samples end up."""
+"""What a run does with its folder and its images: who may write there, when it goes on, and where
+samples end up.
+"""
 
 import json
 import os
@@ -42,7 +44,9 @@ def faces(tmp_path):
 
 def write_images(folder, n, seed=0):
     folder.mkdir()
-    for i, pixels in enumerate(torch.randint(0, 256, (n, 8, 8), generator=torch.Generator().manual_seed(seed))):
+    for i, pixels in enumerate(
+        torch.randint(0, 256, (n, 8, 8), generator=torch.Generator().manual_seed(seed))
+    ):
         Image.fromarray(pixels.byte().numpy()).save(folder / f"{i:03}.png")
 
 
@@ -74,7 +78,10 @@ def test_a_relative_dataset_is_stored_as_what_it_meant(faces, tmp_path, monkeypa
     monkeypatch.chdir(elsewhere)
     assert resume(tmp_path / "run") == 0
     assert checkpoint(tmp_path / "run")["step"] == 5  # 39 images twice, 16 a step
-    assert train_on("./faces", "--out", tmp_path / "run") == 2 and "holds a run already" in capsys.readouterr().err
+    assert (
+        train_on("./faces", "--out", tmp_path / "run") == 2
+        and "holds a run already" in capsys.readouterr().err
+    )
 
 
 def test_a_home_folder_is_stored_with_its_name(faces, tmp_path, monkeypatch):
@@ -96,10 +103,14 @@ def test_moved_images_are_named_and_the_run_goes_on(faces, tmp_path, monkeypatch
     assert resume(tmp_path / "run") == 0  # and now it knows
 
 
-@pytest.mark.parametrize("change", ["other images", "another pixel", "one more", "one fewer", "another name"])
+@pytest.mark.parametrize(
+    "change", ["other images", "another pixel", "one more", "one fewer", "another name"]
+)
 def test_other_images_are_told_and_nothing_is_changed(faces, tmp_path, monkeypatch, capsys, change):
     stopped_run(monkeypatch, faces, tmp_path / "run")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    before = {
+        path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()
+    }
     other = tmp_path / "other"
     if change == "other images":
         write_images(other, 40, seed=1)
@@ -117,9 +128,17 @@ def test_other_images_are_told_and_nothing_is_changed(faces, tmp_path, monkeypat
         (other / "001.png").rename(other / "zzz.png")
     capsys.readouterr()
     assert resume(tmp_path / "run", "--dataset", other) == 2
-    says = r"number and size .* then, .* now" if change.startswith("one") else r"pixels \(digest\) \w+ then, \w+ now"
-    assert re.search(rf"error: the run came to step 3 on other data: .*{says}", capsys.readouterr().err)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+    says = (
+        r"number and size .* then, .* now"
+        if change.startswith("one")
+        else r"pixels \(digest\) \w+ then, \w+ now"
+    )
+    assert re.search(
+        rf"error: the run came to step 3 on other data: .*{says}", capsys.readouterr().err
+    )
+    assert {
+        path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()
+    } == before
 
 
 def test_a_streamed_run_goes_on_from_memory_and_back(faces, tmp_path, monkeypatch):
@@ -135,12 +154,27 @@ def test_a_streamed_run_goes_on_from_memory_and_back(faces, tmp_path, monkeypatc
 
 
 def test_a_small_set_gets_as_many_steps_as_the_default(faces, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_command, "run_loop", lambda *arguments: (_ for _ in ()).throw(ValueError("enough")))
-    line = [*words({name: value for name, value in FOLDER_RUN.items() if name not in ("epochs", "batch_size")})]
-    assert command.main(["train", *line, "--dataset", str(faces), "--out", str(tmp_path / "run")]) == 2
+    monkeypatch.setattr(
+        train_command, "run_loop", lambda *arguments: (_ for _ in ()).throw(ValueError("enough"))
+    )
+    line = [
+        *words(
+            {
+                name: value
+                for name, value in FOLDER_RUN.items()
+                if name not in ("epochs", "batch_size")
+            }
+        )
+    ]
+    assert (
+        command.main(["train", *line, "--dataset", str(faces), "--out", str(tmp_path / "run")]) == 2
+    )
     assert "2,812 steps of 32 images" in capsys.readouterr().out
     assert train_on(faces, "--out", tmp_path / "few") == 2
-    assert "5 steps are few for a network to learn from; --epochs 1154 makes 2,812" in capsys.readouterr().out
+    assert (
+        "5 steps are few for a network to learn from; --epochs 1154 makes 2,812"
+        in capsys.readouterr().out
+    )
     assert round(1154 * 39 / 16) >= 2812
 
 
@@ -153,7 +187,20 @@ def test_the_images_are_no_place_for_the_run(faces, capsys, place):
 
 def test_runs_and_samples_below_the_images_are_left_out(faces, tmp_path, capsys):
     assert train_on(faces, "--out", faces / "run") == 0
-    assert command.main(["sample", "--weights", str(faces / "run"), "--steps", "2", "--out", str(faces / "drawn")]) == 0
+    assert (
+        command.main(
+            [
+                "sample",
+                "--weights",
+                str(faces / "run"),
+                "--steps",
+                "2",
+                "--out",
+                str(faces / "drawn"),
+            ]
+        )
+        == 0
+    )
     capsys.readouterr()
     assert train_on(faces, "--out", tmp_path / "next") == 0
     said = capsys.readouterr().out
@@ -167,14 +214,20 @@ def test_runs_and_samples_below_the_images_are_left_out(faces, tmp_path, capsys)
 def test_a_finished_run_can_be_made_longer(whole, tmp_path, capsys):
     run = shutil.copytree(whole, tmp_path / "run")
     assert resume(run) == 0
-    assert "all 19 steps are made; to make the run longer, add --epochs N with N above 0.2" in capsys.readouterr().out
+    assert (
+        "all 19 steps are made; to make the run longer, add --epochs N with N above 0.2"
+        in capsys.readouterr().out
+    )
     assert resume(run, "--epochs", "0.3") == 0
     assert checkpoint(run)["step"] == 28 and checkpoint(run)["config"]["epochs"] == 0.3
     assert [int(row["step"]) for row in rows(run)] == list(range(1, 29))
     assert resume(run) == 0 and checkpoint(run)["step"] == 28  # the config has kept it
     capsys.readouterr()
     assert resume(run, "--epochs", "0.25") == 2
-    assert "epochs=0.25 is 23 steps, and this run has made 28: give more than" in capsys.readouterr().err
+    assert (
+        "epochs=0.25 is 23 steps, and this run has made 28: give more than"
+        in capsys.readouterr().err
+    )
     assert checkpoint(run)["config"]["epochs"] == 0.3
 
 
@@ -225,7 +278,9 @@ def test_a_folder_in_use_is_refused(whole, holder, tmp_path, capsys, flag):
         shutil.copytree(whole, tmp_path / "run", dirs_exist_ok=True)
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert train("--out", tmp_path / "run", *flag) == 2
-    assert re.search(r"^error: .*run is in use by another run: wait for its end", capsys.readouterr().err, re.M)
+    assert re.search(
+        r"^error: .*run is in use by another run: wait for its end", capsys.readouterr().err, re.M
+    )
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
@@ -238,9 +293,20 @@ def test_the_claim_of_a_killed_process_blocks_nobody(whole, holder, tmp_path):
 
 
 def test_of_two_runs_started_together_one_is_made_and_one_refused(tmp_path):
-    line = [sys.executable, "-m", "ddpm_utils", "train", *words(CONFIG), "--out", str(tmp_path / "run")]
+    line = [
+        sys.executable,
+        "-m",
+        "ddpm_utils",
+        "train",
+        *words(CONFIG),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen(line, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) for _ in "ab"]
+    both = [
+        subprocess.Popen(line, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        for _ in "ab"
+    ]
     errors = [process.communicate()[1].decode() for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], errors
     lost = errors[[process.returncode for process in both].index(2)].splitlines()[-1]
@@ -265,12 +331,24 @@ def test_a_file_system_without_locks_is_trusted(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("config.json", "[1, 2]", "config.json is no config of a run: it holds a list, expected an object"),
+        (
+            "config.json",
+            "[1, 2]",
+            "config.json is no config of a run: it holds a list, expected an object",
+        ),
         ("config.json", "null", "config.json is no config of a run: it holds a NoneType"),
         ("config.json", "", "config.json is no JSON"),
         ("config.json", b"\xff\xfe\x00", "config.json is no JSON"),
-        ("config.json", '{"lr": "fast"}', "config.json is no config of a run: lr='fast' is outside"),
-        ("config.json", '{"sharpness": 1}', "config.json is no config of a run: unknown config field sharpness"),
+        (
+            "config.json",
+            '{"lr": "fast"}',
+            "config.json is no config of a run: lr='fast' is outside",
+        ),
+        (
+            "config.json",
+            '{"sharpness": 1}',
+            "config.json is no config of a run: unknown config field sharpness",
+        ),
         ("last.pt", "", "last.pt is no whole checkpoint"),
         ("last.pt", b"\x80\x02garbage", "last.pt is no whole checkpoint"),
     ],
@@ -309,7 +387,9 @@ def sample(*more) -> int:
     return command.main(["sample", "--n", "2", "--steps", "2", *map(str, more)])
 
 
-def test_samples_of_two_checkpoints_of_one_name_lie_side_by_side(whole, tmp_path, own_folders, capsys):
+def test_samples_of_two_checkpoints_of_one_name_lie_side_by_side(
+    whole, tmp_path, own_folders, capsys
+):
     for name in ("A", "B"):
         shutil.copytree(whole, tmp_path / name)
         assert sample("--weights", tmp_path / name / "best.pt") == 0
@@ -326,7 +406,11 @@ def test_samples_of_two_checkpoints_of_one_name_lie_side_by_side(whole, tmp_path
         "mnist",
     ]
     about = json.loads((own_folders / "outputs" / "samples" / "A-2" / "samples.json").read_text())
-    assert about["weights"] == str(tmp_path / "other" / "A") and about["n"] == 2 and about["steps"] == 2
+    assert (
+        about["weights"] == str(tmp_path / "other" / "A")
+        and about["n"] == 2
+        and about["steps"] == 2
+    )
 
 
 def test_the_same_samples_again_take_no_second_folder_but_others_do(whole, tmp_path, own_folders):
@@ -343,24 +427,38 @@ def test_the_same_samples_again_take_no_second_folder_but_others_do(whole, tmp_p
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell")
 @pytest.mark.parametrize("line", ["doctor", "--help", "train --help"])
 def test_output_closed_by_its_reader_is_no_error(line):
-    program = f"{sys.executable} -u -m ddpm_utils {line} | {{ read first; }}; exit ${{PIPESTATUS[0]}}"
+    program = (
+        f"{sys.executable} -u -m ddpm_utils {line} | {{ read first; }}; exit ${{PIPESTATUS[0]}}"
+    )
     done = subprocess.run(
-        ["bash", "-c", program], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        ["bash", "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell")
 def test_a_run_goes_on_when_nobody_reads_its_progress(tmp_path):
-    program = f"{sys.executable} -u -m ddpm_utils train {' '.join(words(CONFIG))} --out {tmp_path}/run 2>&1 | head -1"
+    program = (
+        f"{sys.executable} -u -m ddpm_utils train {' '.join(words(CONFIG))} --out "
+        f"{tmp_path}/run 2>&1 | head -1"
+    )
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        ["bash", "-c", f"{program}; exit ${{PIPESTATUS[0]}}"], env=env, capture_output=True, text=True
+        ["bash", "-c", f"{program}; exit ${{PIPESTATUS[0]}}"],
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and checkpoint(tmp_path / "run")["step"] == STEPS
 
 
-def test_every_error_that_gives_a_command_gives_one_that_works(whole, tmp_path, monkeypatch, capsys):
+def test_every_error_that_gives_a_command_gives_one_that_works(
+    whole, tmp_path, monkeypatch, capsys
+):
     spaced = tmp_path / "a run"
     with monkeypatch.context() as patch:
         press_stop_at(patch, 3)
@@ -381,8 +479,14 @@ def test_presets_know_the_number_of_images_and_the_gpu():
     assert config.preset_for("cpu") == {"epochs": 1.5}
     assert config.preset_for("cpu", 60)["epochs"] == 1500
     assert config.preset_for("cpu", 200_000)["epochs"] == 1.5
-    assert config.preset_for("cuda", capability=(8, 0)) == config.preset_for("cuda") == config.preset_for("mps")
-    assert config.preset_for("cuda", capability=(7, 5)) == config.preset_for("cuda") | {"epochs": 6.0}
+    assert (
+        config.preset_for("cuda", capability=(8, 0))
+        == config.preset_for("cuda")
+        == config.preset_for("mps")
+    )
+    assert config.preset_for("cuda", capability=(7, 5)) == config.preset_for("cuda") | {
+        "epochs": 6.0
+    }
     assert TrainConfig(**config.preset_for("cpu")) == TrainConfig()
     assert pretrained.build(TrainConfig(**config.preset_for("cuda", 1))) is not None
 
@@ -393,8 +497,15 @@ def test_presets_know_the_number_of_images_and_the_gpu():
 )
 def test_waiting_threads_sleep_unless_the_user_has_chosen(given, found):
     code = (
-        "import os; from ddpm_utils import __main__ as c; c.main(['--help']); print(os.environ.get('GOMP_SPINCOUNT'))"
+        "import os; from ddpm_utils import __main__ as c; c.main(['--help']); "
+        "print(os.environ.get('GOMP_SPINCOUNT'))"
     )
-    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    done = subprocess.run([sys.executable, "-c", code], env=env | given, cwd=ROOT, capture_output=True, text=True)
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env | given, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stdout.splitlines()[-1] == str(found)

@@ -62,14 +62,21 @@ def test_pick_device_refuses_a_card_beyond_the_last(monkeypatch, name):
 def test_seed_everything_repeats_every_source_of_chance():
     def draw():
         rng = runtime.seed_everything(5)
-        return random.random(), np.random.rand(), torch.rand(()).item(), torch.rand((), generator=rng).item()  # noqa: NPY002
+        return (
+            random.random(),
+            np.random.rand(),  # noqa: NPY002
+            torch.rand(()).item(),
+            torch.rand((), generator=rng).item(),
+        )
 
     assert draw() == draw()
 
 
 @pytest.mark.parametrize("feature", ["avx512_bf16", "amx_bf16", "avx512_f"])
 @pytest.mark.parametrize("variable", [None, "0", "1"])
-def test_autocast_on_a_cpu_follows_its_features_unless_told_otherwise(monkeypatch, feature, variable):
+def test_autocast_on_a_cpu_follows_its_features_unless_told_otherwise(
+    monkeypatch, feature, variable
+):
     monkeypatch.setattr(runtime, "_cpu_features", lambda: {feature: True, "sse": True})
     monkeypatch.delenv("DDPM_FLOAT32", raising=False)
     if variable is not None:
@@ -103,13 +110,25 @@ def test_short_path_of_a_data_folder_on_another_disk_stays_short(own_folders, tm
 
 def test_folders_lie_at_the_root_and_only_outputs_is_made(own_folders, monkeypatch, tmp_path):
     assert runtime.data_dir() == own_folders / "data" and not runtime.data_dir().exists()
-    assert runtime.checkpoint_dir("x") == own_folders / "checkpoints" / "x" and not runtime.checkpoint_dir().exists()
-    assert runtime.output_path("x") == own_folders / "outputs" / "x" and not runtime.output_path().exists()
-    assert runtime.output_dir("x") == own_folders / "outputs" / "x" and (own_folders / "outputs" / "x").is_dir()
+    assert (
+        runtime.checkpoint_dir("x") == own_folders / "checkpoints" / "x"
+        and not runtime.checkpoint_dir().exists()
+    )
+    assert (
+        runtime.output_path("x") == own_folders / "outputs" / "x"
+        and not runtime.output_path().exists()
+    )
+    assert (
+        runtime.output_dir("x") == own_folders / "outputs" / "x"
+        and (own_folders / "outputs" / "x").is_dir()
+    )
     monkeypatch.setenv("DDPM_OUTPUT_DIR", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("DDPM_CHECKPOINT_DIR", str(tmp_path / "kept"))
     assert runtime.checkpoint_dir("x") == tmp_path / "kept" / "x"
-    assert runtime.output_dir("y") == tmp_path / "elsewhere" / "y" and (tmp_path / "elsewhere" / "y").is_dir()
+    assert (
+        runtime.output_dir("y") == tmp_path / "elsewhere" / "y"
+        and (tmp_path / "elsewhere" / "y").is_dir()
+    )
 
 
 FOLDERS = {
@@ -120,7 +139,9 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("variable", FOLDERS)
-def test_variables_count_from_the_root_wherever_the_process_stands(own_folders, monkeypatch, tmp_path, variable):
+def test_variables_count_from_the_root_wherever_the_process_stands(
+    own_folders, monkeypatch, tmp_path, variable
+):
     folder, elsewhere = FOLDERS[variable], tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -145,20 +166,28 @@ def test_an_unset_or_empty_variable_names_nothing(own_folders, monkeypatch):
     assert runtime.data_dir_override() is None and runtime.output_path() == own_folders / "outputs"
 
 
-# Folders that cannot be written to. Root may write anywhere, so the system's answer is pretended or real obstacles are used.
+# Folders that cannot be written to. Root may write anywhere, so the system's answer is pretended or
+# real obstacles are used.
 
 
 def refuse(monkeypatch, where: str, number: int) -> None:
     def fail(*arguments, **options):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(*{"making": (os, "mkdir"), "writing": (tempfile, "TemporaryFile")}[where], fail)
+    monkeypatch.setattr(
+        *{"making": (os, "mkdir"), "writing": (tempfile, "TemporaryFile")}[where], fail
+    )
 
 
 @pytest.mark.parametrize("where", ["making", "writing"])
 @pytest.mark.parametrize(
     ("number", "kind"),
-    [(errno.EACCES, PermissionError), (errno.EPERM, PermissionError), (errno.EROFS, OSError), (errno.ENOSPC, OSError)],
+    [
+        (errno.EACCES, PermissionError),
+        (errno.EPERM, PermissionError),
+        (errno.EROFS, OSError),
+        (errno.ENOSPC, OSError),
+    ],
 )
 def test_output_dir_names_folder_reason_and_cure(own_folders, monkeypatch, where, number, kind):
     refuse(monkeypatch, where, number)
@@ -183,7 +212,8 @@ def test_what_stands_in_the_place_of_a_folder_is_named(own_folders, taken, obsta
 
 def test_the_cure_fits_the_folder(own_folders, monkeypatch, tmp_path):
     refuse(monkeypatch, "writing", errno.EROFS)
-    monkeypatch.setenv("DDPM_CHECKPOINT_DIR", "outputs/kept")  # inside another of the project's folders
+    # inside another of the project's folders
+    monkeypatch.setenv("DDPM_CHECKPOINT_DIR", "outputs/kept")
     for folder, cure in {
         runtime.output_path("a"): "set DDPM_OUTPUT_DIR to a folder that you can write to",
         runtime.checkpoint_dir("a"): "set DDPM_CHECKPOINT_DIR to a folder that you can write to",
@@ -209,7 +239,8 @@ def test_a_good_folder_is_made_and_nothing_is_left_in_it(own_folders):
 WHERE = """
 from ddpm_utils import runtime
 print(runtime.output_dir("x"), runtime.checkpoint_dir("y"), runtime.data_dir(), sep="\\n")
-print(runtime.short_path(runtime.output_path("x")), runtime.short_path(runtime.data_dir()), sep="\\n")
+print(runtime.short_path(runtime.output_path("x")))
+print(runtime.short_path(runtime.data_dir()))
 """
 
 
@@ -217,7 +248,9 @@ print(runtime.short_path(runtime.output_path("x")), runtime.short_path(runtime.d
 def test_an_installed_copy_writes_nothing_beside_the_package(own_folders, tmp_path, beside):
     site, home, work = (tmp_path / name for name in ("site", "home", "work"))
     source = Path(runtime.__file__).parent
-    shutil.copytree(source, site / source.name, ignore=shutil.ignore_patterns("__pycache__", "*.pt", "gallery"))
+    shutil.copytree(
+        source, site / source.name, ignore=shutil.ignore_patterns("__pycache__", "*.pt", "gallery")
+    )
     home.mkdir()
     work.mkdir()
     if beside == "a foreign project":
@@ -228,7 +261,12 @@ def test_an_installed_copy_writes_nothing_beside_the_package(own_folders, tmp_pa
     environment |= {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(home)}
     environment |= {"DDPM_CHECKPOINT_DIR": "kept"}
     done = subprocess.run(
-        [sys.executable, "-c", WHERE], cwd=work, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", WHERE],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     outputs, checkpoints, cache, short_outputs, short_cache = done.stdout.splitlines()
     assert (outputs, checkpoints) == (str(work / "outputs" / "x"), str(work / "kept" / "y"))
@@ -252,21 +290,29 @@ def in_a_notebook(*cells):
         "        shell.run_cell(cell, store_history=False).raise_error()\n"
         "    print(said.getvalue().strip().replace(chr(10), ' '))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     return done.stdout.splitlines()
 
 
-START = "from ddpm_utils import runtime; import torch, random, numpy as np; device, rng = runtime.start(SEED, 'cpu')"
+START = (
+    "from ddpm_utils import runtime; import torch, random, numpy as np; device, rng = "
+    "runtime.start(SEED, 'cpu')"
+)
 OWN = "print(torch.rand(1, generator=rng).item())"
 GLOBAL = "print(torch.rand(1).item(), random.random(), np.random.rand())"
 
 
 @pytest.mark.parametrize(
-    "cell", [OWN, GLOBAL, "more = torch.Generator().manual_seed(5); print(torch.rand(1, generator=more))"]
+    "cell",
+    [OWN, GLOBAL, "more = torch.Generator().manual_seed(5); print(torch.rand(1, generator=more))"],
 )
 def test_a_cell_that_runs_again_draws_the_same_numbers(cell):
     other = "print(torch.rand(3, generator=rng), torch.rand(2))"
-    *_, first, again, after, back, after_again = in_a_notebook("SEED = 0", START, cell, cell, other, cell, other)
+    *_, first, again, after, back, after_again = in_a_notebook(
+        "SEED = 0", START, cell, cell, other, cell, other
+    )
     assert first == again == back and after == after_again
     *_, plain = in_a_notebook("SEED = 0", START, cell, other)
     assert after == plain  # the second run changed nothing for the cells below
@@ -279,5 +325,7 @@ def test_a_restart_with_another_seed_forgets_what_cells_drew():
 
 
 def test_a_loop_in_one_cell_still_draws_new_numbers():
-    *_, said = in_a_notebook("SEED = 0", START, "print(*[torch.rand(1, generator=rng).item() for _ in range(3)])")
+    *_, said = in_a_notebook(
+        "SEED = 0", START, "print(*[torch.rand(1, generator=rng).item() for _ in range(3)])"
+    )
     assert len(set(said.split())) == 3

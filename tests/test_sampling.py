@@ -1,4 +1,6 @@
-"""The samplers with a perfect denoiser against exact moments, and what they promise: modes, seeds, shapes, range."""
+"""The samplers with a perfect denoiser against exact moments, and what they promise: modes, seeds,
+shapes, range.
+"""
 
 import pytest
 import torch
@@ -25,7 +27,9 @@ from ddpm_utils.schedules import NoiseSchedule, cosine_betas, linear_betas, make
 from ddpm_utils.unet import UNet
 
 MEAN = torch.tensor([0.5, -0.3, 0.1], dtype=torch.float64)
-COVARIANCE = torch.tensor([[0.30, 0.10, 0.00], [0.10, 0.20, -0.05], [0.00, -0.05, 0.02]], dtype=torch.float64)
+COVARIANCE = torch.tensor(
+    [[0.30, 0.10, 0.00], [0.10, 0.20, -0.05], [0.00, -0.05, 0.02]], dtype=torch.float64
+)
 
 
 pytestmark = pytest.mark.usefixtures("same_numbers_every_time")
@@ -36,13 +40,18 @@ def seeded(seed=0):
 
 
 def betas_for(name, timesteps):
-    return linear_betas(timesteps, scale=1000 / timesteps) if name == "linear" else cosine_betas(timesteps)
+    return (
+        linear_betas(timesteps, scale=1000 / timesteps)
+        if name == "linear"
+        else cosine_betas(timesteps)
+    )
 
 
 def exact_moments(betas, variance):
     """Mean and covariance of the sampler's result for N(MEAN, COVARIANCE), in float64.
 
-    The perfect x0_hat is linear in x_t, so every reverse step is x_{t−1} = A x_t + b + noise, and moments go through it exactly.
+    The perfect x0_hat is linear in x_t, so every reverse step is x_{t−1} = A x_t + b + noise, and
+    moments go through it exactly.
     """
     identity = torch.eye(3, dtype=torch.float64)
     alpha_bars = (1 - betas).cumprod(0).tolist()
@@ -67,14 +76,20 @@ def sampled(betas, variance, target, n):
     schedule = NoiseSchedule(betas)
     network = as_network(perfect(schedule), schedule, target)
     denoise = Denoiser(network, schedule, target, clamp=False)
-    return last(ddpm_sample(denoise, schedule, (n, 1, 1, 3), variance, seeded())).flatten(1).double()
+    return (
+        last(ddpm_sample(denoise, schedule, (n, 1, 1, 3), variance, seeded())).flatten(1).double()
+    )
 
 
 def assert_moments(x, mean, cov, errors=4.5, bias=0.0):
-    """Within `errors` standard errors of n normal draws, for the covariance √((C_ii C_jj + C_ij²) / n), plus a known bias."""
+    """Within `errors` standard errors of n normal draws, for the covariance √((C_ii C_jj + C_ij²) /
+    n), plus a known bias.
+    """
     n, var = len(x), cov.diagonal()
     assert ((x.mean(0) - mean).abs() <= errors * (var / n).sqrt() + bias).all()
-    assert ((torch.cov(x.T) - cov).abs() <= errors * ((var[:, None] * var + cov**2) / n).sqrt() + bias).all()
+    assert (
+        (torch.cov(x.T) - cov).abs() <= errors * ((var[:, None] * var + cov**2) / n).sqrt() + bias
+    ).all()
 
 
 # ---- the sampler with a perfect network
@@ -83,7 +98,9 @@ def assert_moments(x, mean, cov, errors=4.5, bias=0.0):
 @pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
 @pytest.mark.parametrize("name, target", [("linear", "eps"), ("cosine", "v"), ("cosine", "x0")])
 def test_moments_are_those_of_the_linear_recursion(name, target, variance):
-    """With few steps the result is not the data's distribution, but it is known exactly for that T."""
+    """With few steps the result is not the data's distribution, but it is
+    known exactly for that T.
+    """
     betas = betas_for(name, 40)
     assert_moments(sampled(betas, variance, target, 40_000), *exact_moments(betas, variance))
 
@@ -91,7 +108,10 @@ def test_moments_are_those_of_the_linear_recursion(name, target, variance):
 @pytest.mark.parametrize("variance, timesteps", [("beta_tilde", 1000), ("beta", 250)])
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_moments_approach_the_data_s(name, variance, timesteps):
-    """The rest falls like 1 / T. Beta-tilde, the lower bound, ends too narrow in every direction; beta, the upper, too wide."""
+    """The rest falls like 1 / T.
+
+    Beta-tilde, the lower bound, ends too narrow in every direction; beta, the upper, too wide.
+    """
     mean, cov = exact_moments(betas_for(name, timesteps), variance)
     _, rough = exact_moments(betas_for(name, timesteps // 4), variance)
     assert (mean - MEAN).abs().max() < 1e-4
@@ -103,14 +123,20 @@ def test_moments_approach_the_data_s(name, variance, timesteps):
 
 @pytest.mark.parametrize("variance, timesteps", [("beta_tilde", 1000), ("beta", 500)])
 def test_with_many_steps_the_samples_are_the_data(variance, timesteps):
-    """No recursion here: the data's own moments, give or take standard errors and the 1 / T that remains."""
-    assert_moments(sampled(betas_for("cosine", timesteps), variance, "v", 4000), MEAN, COVARIANCE, bias=0.0025)
+    """No recursion here: the data's own moments, give or take standard errors and the 1 / T that
+    remains.
+    """
+    assert_moments(
+        sampled(betas_for("cosine", timesteps), variance, "v", 4000), MEAN, COVARIANCE, bias=0.0025
+    )
 
 
 # ---- against diffusers
 
 
-@pytest.mark.parametrize("target, theirs", [("eps", "epsilon"), ("x0", "sample"), ("v", "v_prediction")])
+@pytest.mark.parametrize(
+    "target, theirs", [("eps", "epsilon"), ("x0", "sample"), ("v", "v_prediction")]
+)
 def test_whole_chain_agrees_with_diffusers(target, theirs):
     """The same seed draws x_T, then one noise a step; 20 steps of float32 roundings apart."""
     schedule = make_schedule("linear", 20, 40)
@@ -145,13 +171,16 @@ def test_yields_every_state_from_noise_to_picture():
     states = list(ddpm_sample(denoise, schedule, (2, 1, 3, 3), generator=seeded(), y=y))
     assert [t for t, _, _ in states] == [*range(11, -1, -1), -1]
     assert torch.equal(states[0][1], torch.randn(2, 1, 3, 3, generator=seeded()))
-    assert torch.equal(torch.stack([t for t, _ in calls]), torch.arange(11, -1, -1)[:, None].expand(12, 2))
+    assert torch.equal(
+        torch.stack([t for t, _ in calls]), torch.arange(11, -1, -1)[:, None].expand(12, 2)
+    )
     assert all(given is y for _, given in calls)
     for t, x_t, x0_hat in states[:-1]:
         expected = predict_x0(schedule, x_t, torch.full((2,), t), 0.3 * x_t, "v").clamp(-1, 1)
         assert torch.equal(x0_hat, expected)
     assert torch.equal(states[-1][1], states[-1][2])
-    torch.testing.assert_close(states[-1][1], states[-2][2], rtol=0, atol=1e-3)  # at t = 0 the mean is x0_hat
+    # at t = 0 the mean is x0_hat
+    torch.testing.assert_close(states[-1][1], states[-2][2], rtol=0, atol=1e-3)
 
 
 def test_last_and_keep_pick_from_the_states():
@@ -194,7 +223,8 @@ def test_same_seed_same_picture_and_another_seed_another():
 
 @pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
 @pytest.mark.parametrize(
-    "name, timesteps, scale", [("linear", 100, 10), ("linear", 50, 20), ("cosine", 50, 1), ("cosine", 200, 1)]
+    "name, timesteps, scale",
+    [("linear", 100, 10), ("linear", 50, 20), ("cosine", 50, 1), ("cosine", 200, 1)],
 )
 def test_clamped_pictures_lie_in_the_model_s_range_exactly(name, timesteps, scale, variance):
     """A network that wants pictures far too bright and far too dark gets −1 and 1, and no more."""
@@ -236,7 +266,11 @@ def test_refuses_an_unknown_word():
     with pytest.raises(ValueError, match="target='noise' is not known: choose"):
         last(ddpm_sample(Denoiser(lambda x, t, y: x, schedule, "noise"), schedule, (1, 1, 2, 2)))
     with pytest.raises(ValueError, match="variance='large' is not known: choose"):
-        last(ddpm_sample(Denoiser(lambda x, t, y: x, schedule), schedule, (1, 1, 2, 2), variance="large"))
+        last(
+            ddpm_sample(
+                Denoiser(lambda x, t, y: x, schedule), schedule, (1, 1, 2, 2), variance="large"
+            )
+        )
 
 
 # ---- modes
@@ -247,7 +281,9 @@ EVERY_SAMPLER = {
     "ddpm": lambda denoise, **more: ddpm_sample(denoise, SCHEDULE, (2, 1, 2, 2), **more),
     "ddim": lambda denoise, **more: ddim_sample(denoise, SCHEDULE, (2, 1, 2, 2), 5, **more),
     "dpm": lambda denoise, **more: dpm_solver_sample(denoise, SCHEDULE, (2, 1, 2, 2), 5, **more),
-    "encode": lambda denoise, **more: ddim_encode(denoise, SCHEDULE, torch.zeros(2, 1, 2, 2), 5, **more),
+    "encode": lambda denoise, **more: ddim_encode(
+        denoise, SCHEDULE, torch.zeros(2, 1, 2, 2), 5, **more
+    ),
 }
 
 
@@ -305,7 +341,9 @@ def test_old_mode_after_an_exception():
 
 @pytest.mark.parametrize("outer, inner", [(True, False), (False, True)])
 def test_every_part_gets_its_own_mode_back(outer, inner):
-    """A part that was frozen in eval mode stays frozen; one that was left in training mode is not trained on samples."""
+    """A part that was frozen in eval mode stays frozen; one that was left in training mode is not
+    trained on samples.
+    """
     model = Watcher().train(outer)
     model.inner.train(inner)
     with eval_mode(model):
@@ -340,7 +378,9 @@ def test_takes_a_plain_function_for_a_denoiser_and_hands_it_the_labels(sampler):
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_ddim_step_agrees_with_diffusers(name, eta):
     schedule = NoiseSchedule(betas_for(name, 1000))
-    theirs = DDIMScheduler(trained_betas=schedule.betas.numpy(), clip_sample=True, set_alpha_to_one=True)
+    theirs = DDIMScheduler(
+        trained_betas=schedule.betas.numpy(), clip_sample=True, set_alpha_to_one=True
+    )
     theirs.set_timesteps(50)
     for t in (980, 500, 20, 0):  # 20 steps apart; the last one lands on the picture
         x_t, prediction = torch.randn(2, 4, 1, 6, 6, generator=seeded(t))
@@ -348,12 +388,20 @@ def test_ddim_step_agrees_with_diffusers(name, eta):
         at_t, landing = torch.full((4,), t), torch.full((4,), max(t - 20, -1))
         x0_hat = predict_x0(schedule, x_t, at_t, prediction, "eps").clamp(-1, 1)
         got = ddim_step(schedule, x_t, at_t, landing, x0_hat, eta, seeded(t + 1))
-        theirs_too = {"eta": eta, "use_clipped_model_output": True, "variance_noise": noise if eta else None}
-        torch.testing.assert_close(got, theirs.step(prediction, t, x_t, **theirs_too).prev_sample, rtol=1e-4, atol=1e-4)
+        theirs_too = {
+            "eta": eta,
+            "use_clipped_model_output": True,
+            "variance_noise": noise if eta else None,
+        }
+        torch.testing.assert_close(
+            got, theirs.step(prediction, t, x_t, **theirs_too).prev_sample, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_ddim_with_all_noise_and_all_steps_is_ddpm():
-    """eta = 1 from t to t − 1: the mean and the variance of the posterior (2010.02502, section 4.1)."""
+    """eta = 1 from t to t − 1: the mean and the variance of the posterior (2010.02502, section
+    4.1).
+    """
     schedule = NoiseSchedule(betas_for("linear", 50))
     x_t, x0_hat = torch.tensor([0.7, -0.2]).view(2, 1, 1, 1, 1).expand(2, 20_000, 1, 1, 1)
     for t in (1, 25, 49):
@@ -409,7 +457,9 @@ def test_ddim_refuses_times_that_the_schedule_has_not(steps):
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 37, 99, 100])
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_times_fall_from_the_first_to_the_last_and_none_comes_twice(name, steps, spacing):
-    times = spaced_timesteps(make_schedule(name, 100, 10 if name == "linear" else 1), steps, spacing)
+    times = spaced_timesteps(
+        make_schedule(name, 100, 10 if name == "linear" else 1), steps, spacing
+    )
     assert len(times) == steps and times == sorted(set(times), reverse=True)
     assert times[0] == 99 and (steps == 1 or times[-1] == 0)
 
@@ -447,7 +497,9 @@ def test_times_may_be_given_one_by_one(sample):
 
 def wavy(x, t, y=None):
     """A network with some shape to it: smooth, not linear, different at every time."""
-    return torch.tanh(1.3 * x + 0.4 * torch.sin(t / 100).view(-1, 1, 1, 1)) - 0.3 * x.roll(1, dims=-1)
+    return torch.tanh(1.3 * x + 0.4 * torch.sin(t / 100).view(-1, 1, 1, 1)) - 0.3 * x.roll(
+        1, dims=-1
+    )
 
 
 @pytest.mark.parametrize("clamp", [True, False])
@@ -455,13 +507,22 @@ def wavy(x, t, y=None):
 @pytest.mark.parametrize("target, theirs_name", [("eps", "epsilon"), ("v", "v_prediction")])
 def test_dpm_solver_agrees_with_diffusers_from_equal_noise(name, target, theirs_name, clamp):
     schedule = NoiseSchedule(betas_for(name, 1000))
-    options = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0} if clamp else {}
+    options = (
+        {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
+        if clamp
+        else {}
+    )
     theirs = DPMSolverMultistepScheduler(
-        trained_betas=schedule.betas.numpy(), algorithm_type="dpmsolver++", solver_order=2, prediction_type=theirs_name,
-        final_sigmas_type="zero", **options,
-    )  # fmt: skip
+        trained_betas=schedule.betas.numpy(),
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        prediction_type=theirs_name,
+        final_sigmas_type="zero",
+        **options,
+    )
     start, times = torch.randn(3, 1, 6, 6, generator=seeded()), spaced_timesteps(schedule, 20)
-    if name == "linear" and target == "eps":  # there the first division is by 0.006; stay where float32 has digits
+    # there the first division is by 0.006; stay where float32 has digits
+    if name == "linear" and target == "eps":
         times = spaced_timesteps(schedule, 25)[5:]
     theirs.set_timesteps(timesteps=times)
     x = start
@@ -477,7 +538,10 @@ def test_dpm_solver_agrees_with_diffusers_from_equal_noise(name, target, theirs_
 def test_ddim_agrees_with_diffusers_from_equal_noise(name, steps):
     schedule = NoiseSchedule(betas_for(name, 1000))
     theirs = DDIMScheduler(
-        trained_betas=schedule.betas.numpy(), clip_sample=True, set_alpha_to_one=True, timestep_spacing="leading"
+        trained_betas=schedule.betas.numpy(),
+        clip_sample=True,
+        set_alpha_to_one=True,
+        timestep_spacing="leading",
     )
     theirs.set_timesteps(steps)
     x = start = torch.randn(3, 1, 6, 6, generator=seeded())
@@ -506,7 +570,10 @@ def test_a_number_of_dpm_solver_steps_is_spread_in_the_log_snr(name):
     ):
         for (t, x_t, x0_hat), (same_t, same_x_t, same_x0_hat) in zip(expected, same, strict=True):
             assert t == same_t and torch.equal(x_t, same_x_t) and torch.equal(x0_hat, same_x0_hat)
-    for other in (states(dpm_solver_sample, spaced_timesteps(schedule, 20)), states(ddim_sample, times)):
+    for other in (
+        states(dpm_solver_sample, spaced_timesteps(schedule, 20)),
+        states(ddim_sample, times),
+    ):
         assert (other[-1][1] - expected[-1][1]).abs().max() > 1e-3
 
 
@@ -518,7 +585,9 @@ def test_dpm_solver_refuses_times_that_the_schedule_has_not(steps):
 
 
 def test_the_guess_of_the_second_order_is_exact_on_a_line():
-    """A guess that is linear in λ is foretold without error, half-way between the ends of the step."""
+    """A guess that is linear in λ is foretold without error, half-way
+    between the ends of the step.
+    """
     schedule = make_schedule("cosine", 1000)
     lam = schedule.snr().double().log() / 2
     t_before, t, t_next = (torch.tensor([time]) for time in (800, 500, 350))
@@ -530,18 +599,24 @@ def test_the_guess_of_the_second_order_is_exact_on_a_line():
 
 
 def test_second_order_falls_with_the_square_of_the_steps():
-    """Against the probability flow of N(0, λ) in closed form: x grows as the standard deviation √(ᾱλ + 1 − ᾱ) does."""
+    """Against the probability flow of N(0, λ) in closed form: x grows as the standard deviation
+    √(ᾱλ + 1 − ᾱ) does.
+    """
     schedule, value = NoiseSchedule(betas_for("cosine", 4000)), 0.25
     denoise = GaussianDenoiser(schedule, torch.zeros(1), torch.full((1, 1), value))
     std = (schedule.alpha_bars * value + 1 - schedule.alpha_bars).sqrt()
     x_T = torch.ones(1, 1, 1, 1)
 
     def error(sample, steps):
-        times = [t for t in spaced_timesteps(schedule, steps) if t < 3900]  # the last betas are cut off: one large step
+        # the last betas are cut off: one large step
+        times = [t for t in spaced_timesteps(schedule, steps) if t < 3900]
         states = {t: x for t, x, _ in sample(denoise, schedule, x_T.shape, times, start=x_T)}
         return abs(states[0] - std[0] / std[times[0]]).item()
 
-    ddim, dpm = ([error(sample, steps) for steps in (20, 40, 80)] for sample in (ddim_sample, dpm_solver_sample))
+    ddim, dpm = (
+        [error(sample, steps) for steps in (20, 40, 80)]
+        for sample in (ddim_sample, dpm_solver_sample)
+    )
     assert all(1.8 < coarse / fine < 2.2 for coarse, fine in zip(ddim[:-1], ddim[1:], strict=True))
     assert all(3.3 < coarse / fine < 4.7 for coarse, fine in zip(dpm[:-1], dpm[1:], strict=True))
     assert dpm[-1] < ddim[-1] / 2
@@ -563,12 +638,15 @@ def test_encoding_and_decoding_come_back_the_closer_the_more_steps():
 
     errors = [there_and_back(steps) for steps in (10, 40, 160, 640)]
     assert (
-        all(1.5 < coarse / fine < 5 for coarse, fine in zip(errors[:-1], errors[1:], strict=True)) and errors[3] < 0.02
+        all(1.5 < coarse / fine < 5 for coarse, fine in zip(errors[:-1], errors[1:], strict=True))
+        and errors[3] < 0.02
     )
 
 
 def test_encoding_a_gaussian_gives_its_own_noise():
-    """The data's standard scores, rotated back: what the probability flow of a Gaussian does, whitening."""
+    """The data's standard scores, rotated back: what the probability flow of a Gaussian does,
+    whitening.
+    """
     schedule = NoiseSchedule(betas_for("cosine", 1000))
     denoise = perfect(schedule)
     z = torch.randn(10_000, 3, generator=seeded(), dtype=torch.float64)
@@ -596,7 +674,9 @@ class Labelled(nn.Module):
         return torch.tensor([1.0, 2.0, 4.0, 0.5])[y].view(-1, 1, 1, 1) * x
 
 
-@pytest.mark.parametrize("scale, expected", [(0.0, [0.5, 0.5]), (1.0, [2.0, 4.0]), (3.0, [5.0, 11.0])])
+@pytest.mark.parametrize(
+    "scale, expected", [(0.0, [0.5, 0.5]), (1.0, [2.0, 4.0]), (3.0, [5.0, 11.0])]
+)
 def test_guidance_goes_beyond_the_named_answer(scale, expected):
     """0.5 + scale · (named − 0.5); the paper's w = scale − 1 gives (1 + w)·named − w·free."""
     model, x = Labelled(), torch.ones(2, 1, 1, 1)
@@ -619,13 +699,18 @@ def test_guidance_asks_for_both_answers_in_one_call_in_eval_mode():
 
 
 def test_guidance_is_the_same_whatever_the_network_predicts():
-    """Targets are affine in one another at fixed x_t and t, with one and the same factor, so they may be guided as they come."""
+    """Targets are affine in one another at fixed x_t and t, with one and the same factor, so they
+    may be guided as they come.
+    """
     schedule = make_schedule("cosine", 50)
     x_t, named, free = torch.randn(3, 4, 1, 2, 2, generator=seeded())
     t = torch.tensor([3, 20, 30, 45])
     mixed = {}
     for target in ("eps", "x0", "v"):
-        a, b = (training_target(schedule, x0, t, predict_eps(schedule, x_t, t, x0), target) for x0 in (named, free))
+        a, b = (
+            training_target(schedule, x0, t, predict_eps(schedule, x_t, t, x0), target)
+            for x0 in (named, free)
+        )
         mixed[target] = predict_x0(schedule, x_t, t, b + 2.5 * (a - b), target)
     torch.testing.assert_close(mixed["eps"], mixed["x0"], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(mixed["v"], mixed["x0"], rtol=1e-3, atol=1e-3)
@@ -639,11 +724,16 @@ def test_guidance_needs_a_network_that_knows_labels():
 def test_guided_sampling_of_a_real_network(net, tiny):
     cfg = tiny(timesteps=20, num_classes=10)
     model, schedule = net(cfg), make_schedule(**cfg.noise())
-    for parameter in model.parameters():  # as built, its residual branches are shut, and no label passes
+    # as built, its residual branches are shut, and no label passes
+    for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     y = torch.arange(4)
     one, two, plain = (
-        last(ddim_sample(Denoiser(network, schedule, "v"), schedule, (4, 1, 8, 8), 5, y=y, generator=seeded()))
+        last(
+            ddim_sample(
+                Denoiser(network, schedule, "v"), schedule, (4, 1, 8, 8), 5, y=y, generator=seeded()
+            )
+        )
         for network in (Guided(model, 1.0), Guided(model, 3.0), model)
     )
     assert torch.equal(one, plain) and not torch.allclose(one, two)
@@ -660,7 +750,10 @@ class Leaning(nn.Module):
 
 @pytest.mark.parametrize("target", ["eps", "x0", "v"])
 def test_guidance_is_combined_before_the_clamp(target):
-    """By hand: guide the answers, take x0_hat from the result, clamp. Clamping both x0_hat first gives another image."""
+    """By hand: guide the answers, take x0_hat from the result, clamp.
+
+    Clamping both x0_hat first gives another image.
+    """
     schedule, scale, model = make_schedule("cosine", 50), 3.0, Leaning()
     x_t, t = torch.randn(4, 1, 2, 2, generator=seeded()), torch.tensor([3, 20, 30, 40])
     y, none = torch.zeros_like(t), torch.ones_like(t)
@@ -676,9 +769,16 @@ def test_guidance_is_combined_before_the_clamp(target):
 
 @pytest.mark.parametrize("target", ["eps", "x0", "v"])
 def test_guidance_may_lead_two_images_beyond_the_range_back_into_it(target):
-    """2 without the label and 1.5 with it: 2 + 3 · (1.5 − 2) = 0.5. Clamped first, both are 1, and so is what guidance makes."""
+    """2 without the label and 1.5 with it: 2 + 3 · (1.5 − 2) = 0.5.
+
+    Clamped first, both are 1, and so is what guidance makes.
+    """
     schedule, t = make_schedule("cosine", 50), torch.tensor([3, 20, 30, 40])
-    x_t, y, free = torch.randn(4, 1, 2, 2, generator=seeded()), torch.zeros(4, dtype=torch.long), torch.ones(4).long()
+    x_t, y, free = (
+        torch.randn(4, 1, 2, 2, generator=seeded()),
+        torch.zeros(4, dtype=torch.long),
+        torch.ones(4).long(),
+    )
 
     def image(x, t, y):
         return torch.tensor([1.5, 2.0])[y].view(-1, 1, 1, 1).expand_as(x)

@@ -1,4 +1,6 @@
-"""The benchmark of the samplers in fast mode: what it writes, that it goes on, and that equal points draw equal pictures."""
+"""The benchmark of the samplers in fast mode: what it writes, that it goes on, and that equal
+points draw equal pictures.
+"""
 
 import csv
 import json
@@ -22,7 +24,10 @@ def test_writes_measures_and_goes_on(fast, capsys):
     first = read(out)
     wanted = {(name, c) for name, entry in room.PLAN.items() for c in entry[-1] if c <= 5}
     assert {(row["name"], row["calls"]) for row in first} == wanted and len(first) == len(wanted)
-    assert all(row["distance"] > row["floor"] > 0 and row["seconds"] > 0 and row["seed"] == 0 for row in first)
+    assert all(
+        row["distance"] > row["floor"] > 0 and row["seconds"] > 0 and row["seed"] == 0
+        for row in first
+    )
     room.main(["--device", "cpu", "--most", "7"])
     again = read(out)
     assert again[: len(first)] == first and {row["calls"] for row in again[len(first) :]} == {7}
@@ -36,7 +41,9 @@ def test_results_of_other_weights_are_refused(fast):
     out = runtime.output_dir("benchmarks") / "sampling_cpu.jsonl"
     room.main(["--device", "cpu", "--most", "5"])
     rows = read(out)
-    out.write_text("".join(json.dumps(row | {"weights": "others"}) + "\n" for row in rows), encoding="utf-8")
+    out.write_text(
+        "".join(json.dumps(row | {"weights": "others"}) + "\n" for row in rows), encoding="utf-8"
+    )
     with pytest.raises(SystemExit, match="name another file"):
         room.main(["--device", "cpu", "--most", "7"])
 

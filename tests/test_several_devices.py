@@ -1,4 +1,5 @@
-"""Two processes on the CPU train as one process would, stop together, and leave whole files when one of them is killed.
+"""Two processes on the CPU train as one process would, stop together, and leave whole files when
+one of them is killed.
 
 `torchrun` starts this very file as its worker: what runs there stands in `SCENES` and `main`.
 """
@@ -30,7 +31,9 @@ from ddpm_utils.runs import TrainingDiverged, train  # noqa: E402
 from ddpm_utils.training import TrainState  # noqa: E402
 from ddpm_utils.unet import UNet  # noqa: E402
 
-IMAGES = torch.randint(0, 256, (24, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randint(
+    0, 256, (24, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 HELD_OUT = IMAGES[:6].flip(-1)
 LABELS = torch.arange(24)  # every image its own
 STEPS = 24
@@ -38,7 +41,13 @@ STEPS = 24
 
 def config(**changes) -> TrainConfig:
     return TrainConfig(
-        **(TINY | dict(widths=(8, 16), attention_levels=(1,), num_classes=24, label_drop=0.25, epochs=4.0) | changes)
+        **(
+            TINY
+            | dict(
+                widths=(8, 16), attention_levels=(1,), num_classes=24, label_drop=0.25, epochs=4.0
+            )
+            | changes
+        )
     )
 
 
@@ -88,7 +97,9 @@ def message(kind, state, **arguments) -> str:
 def plain(folder):
     """Weights differ at first: both must go on from those of process 0."""
     state, seen = state_of(config(), weights=distributed.rank()), []
-    state.model.register_forward_pre_hook(lambda module, given: seen.append(given[2].clone()) or None)
+    state.model.register_forward_pre_hook(
+        lambda module, given: seen.append(given[2].clone()) or None
+    )
     mine = folder / f"plain-{distributed.rank()}"
     out = run(state, held_out=HELD_OUT, folder=mine, evaluate_every=10)
     return out | {"state": everything(state), "labels": seen[: STEPS + 2], "wrote": mine.exists()}
@@ -97,7 +108,9 @@ def plain(folder):
 def stop_in_one(folder):
     state = state_of(config())
     if distributed.rank() == 1:
-        state.model.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT) if state.step == 4 else None)
+        state.model.register_forward_hook(
+            lambda *_: signal.raise_signal(signal.SIGINT) if state.step == 4 else None
+        )
     return run(state, folder=folder / "stopped") | {"state": everything(state)}
 
 
@@ -113,7 +126,9 @@ def leave_from_the_loop(folder):
 def nan_in_one(folder):
     state = state_of(config())
     if distributed.rank() == 1:
-        state.model.register_forward_hook(lambda m, i, out: out * float("nan") if state.step == 7 else None)
+        state.model.register_forward_hook(
+            lambda m, i, out: out * float("nan") if state.step == 7 else None
+        )
     return message(TrainingDiverged, state, folder=folder / "nan", evaluate_every=3)
 
 
@@ -129,7 +144,10 @@ def other_step(folder):
 
 def other_images(folder):
     """A run is resumed where one process has lost an image."""
-    state, n = checkpoints.load(folder / "one" / "last.pt", state_of(config(), weights=1)), 24 - distributed.rank()
+    state, n = (
+        checkpoints.load(folder / "one" / "last.pt", state_of(config(), weights=1)),
+        24 - distributed.rank(),
+    )
     try:
         next(train(state, IMAGES[:n], labels=LABELS[:n]))
     except ValueError as error:
@@ -148,7 +166,9 @@ def dropout_resumed(folder):
         mine.append(record.loss)
         first.stopped = first.stopped or record.step == 9
     distributed.agree(stopped=first.step)  # process 0 has written its file
-    second = checkpoints.load(folder / "dropout" / "last.pt", state_of(config(dropout=0.3), weights=1))
+    second = checkpoints.load(
+        folder / "dropout" / "last.pt", state_of(config(dropout=0.3), weights=1)
+    )
     torch.manual_seed(99)
     out = run(second)
     return out | {"losses": mine + out["losses"], "state": everything(second), "first": first.step}
@@ -163,7 +183,9 @@ def masks(folder):
     """Which activations dropout keeps: other ones in every process."""
     state, kept = state_of(config(dropout=0.5)), []
     first = next(part for part in state.model.modules() if isinstance(part, nn.Dropout))
-    first.register_forward_hook(lambda m, i, out: kept.append((out != 0).float().mean(dim=(0, 2, 3))) or None)
+    first.register_forward_hook(
+        lambda m, i, out: kept.append((out != 0).float().mean(dim=(0, 2, 3))) or None
+    )
     next(train(state, IMAGES, labels=LABELS))
     return kept[0]
 
@@ -191,7 +213,9 @@ def weight_without_loss(folder):
 
 
 def disk_full(folder):
-    """The disk fills at step 12: one warning a save, all steps done, and process 0 says at the end what is missing."""
+    """The disk fills at step 12: one warning a save, all steps done, and process 0 says at the end
+    what is missing.
+    """
     state = state_of(config())
     whole, full = checkpoints.os.fsync, OSError(28, "No space left on device")
 
@@ -212,9 +236,24 @@ def disk_full(folder):
 
 SCENES = {
     scene.__name__: scene
-    for scene in (plain, stop_in_one, leave_from_the_loop, nan_in_one, uneven, other_step, other_images,
-                  dropout_whole, dropout_resumed, resumed_from_one, masks, adamw, streamed, weight_without_loss, disk_full)
-}  # fmt: skip
+    for scene in (
+        plain,
+        stop_in_one,
+        leave_from_the_loop,
+        nan_in_one,
+        uneven,
+        other_step,
+        other_images,
+        dropout_whole,
+        dropout_resumed,
+        resumed_from_one,
+        masks,
+        adamw,
+        streamed,
+        weight_without_loss,
+        disk_full,
+    )
+}
 
 
 def long_run(folder):
@@ -241,15 +280,29 @@ def main(kind: str, folder: Path) -> None:
     assert distributed.world() == 1  # the group is gone
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    __file__,
+]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @contextlib.contextmanager
 def two_processes(kind: str, folder: Path):
-    """`main(kind, folder)` under torchrun; all of it is killed in the end, since processes that disagree wait for long."""
+    """`main(kind, folder)` under torchrun; all of it is killed in the end, since processes that
+    disagree wait for long.
+    """
     job = subprocess.Popen(
-        [*TORCHRUN, kind, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        [*TORCHRUN, kind, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
     )
     try:
         yield job
@@ -257,7 +310,9 @@ def two_processes(kind: str, folder: Path):
         job.kill()
         for name in ("pid-0", "pid-1"):
             with contextlib.suppress(OSError, ValueError):
-                os.kill(int((folder / name).read_text()), getattr(signal, "SIGKILL", signal.SIGTERM))
+                os.kill(
+                    int((folder / name).read_text()), getattr(signal, "SIGKILL", signal.SIGTERM)
+                )
         job.wait()
 
 
@@ -266,7 +321,9 @@ def two_processes(kind: str, folder: Path):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """The same runs in one process, and the folder in which two processes find the first one's file."""
+    """The same runs in one process, and the folder in which two processes find the first one's
+    file.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("two")
@@ -278,7 +335,11 @@ def one(tmp_path_factory):
         half.stopped = record.step == 9
     whole, unlike, labels = state_of(config()), state_of(config(seed=1)), []
     whole.model.register_forward_pre_hook(lambda module, given: labels.append(given[2].clone()))
-    out = {"folder": folder, "plain": run(whole, held_out=HELD_OUT, evaluate_every=10), "unlike": run(unlike)}
+    out = {
+        "folder": folder,
+        "plain": run(whole, held_out=HELD_OUT, evaluate_every=10),
+        "unlike": run(unlike),
+    }
     out["plain"]["labels"] = labels
     out |= {"state": everything(whole), "adamw": run(state_of(config(optimizer="adamw")))}
     torch.set_num_threads(threads)
@@ -303,7 +364,10 @@ def test_two_processes_have_the_losses_of_one(one, two):
     losses = one["plain"]["losses"]
     assert len(losses) == STEPS >= 20 and not close(losses, one["unlike"]["losses"], 1e-2)
     for seen in two:
-        assert close(seen["plain"]["losses"], losses) and seen["plain"]["steps"] == one["plain"]["steps"]
+        assert (
+            close(seen["plain"]["losses"], losses)
+            and seen["plain"]["steps"] == one["plain"]["steps"]
+        )
     assert two[0]["plain"]["losses"] == two[1]["plain"]["losses"]
 
 
@@ -318,7 +382,9 @@ def test_images_that_stay_on_disk_change_nothing(two):
 
 
 def test_both_processes_hold_the_weights_of_one(one, two):
-    mine, theirs, single = (flat(state) for state in (two[0]["plain"]["state"], two[1]["plain"]["state"], one["state"]))
+    mine, theirs, single = (
+        flat(state) for state in (two[0]["plain"]["state"], two[1]["plain"]["state"], one["state"])
+    )
     assert torch.equal(mine, theirs) and torch.allclose(mine, single, atol=1e-4)
 
 
@@ -329,7 +395,9 @@ def test_the_processes_see_disjoint_halves_of_each_batch(one, two):
         halves = [seen["plain"]["labels"][step].tolist() for seen in two]
         whole = LABELS[training.batch_indices(24, step, config())].tolist()
         both = halves[0] + halves[1]
-        assert len(halves[0]) == len(halves[1]) == 2 and both == one["plain"]["labels"][step].tolist()
+        assert (
+            len(halves[0]) == len(halves[1]) == 2 and both == one["plain"]["labels"][step].tolist()
+        )
         assert all(seen in (label, 24) for seen, label in zip(both, whole, strict=True))
         dropped += both.count(24)
     assert 0 < dropped < 2 * STEPS
@@ -339,7 +407,9 @@ def test_process_0_alone_measures_and_writes(one, two):
     held_out = one["plain"]["held_out"]
     assert [two[0]["plain"]["wrote"], two[1]["plain"]["wrote"]] == [True, False]
     assert two[1]["plain"]["held_out"] == [None] * STEPS
-    measured = [(a, b) for a, b in zip(two[0]["plain"]["held_out"], held_out, strict=True) if b is not None]
+    measured = [
+        (a, b) for a, b in zip(two[0]["plain"]["held_out"], held_out, strict=True) if b is not None
+    ]
     assert len(measured) == 3 and close(*zip(*measured, strict=True))
 
 
@@ -347,7 +417,10 @@ def test_a_stop_in_one_process_stops_both_with_one_file(one, two):
     for seen in two:
         assert seen["stop_in_one"]["stopped"] and seen["stop_in_one"]["steps"] == [1, 2, 3, 4, 5]
     payload = checkpoints.read(one["folder"] / "stopped" / "last.pt")
-    assert torch.equal(flat(payload["ema"]), flat(two[1]["stop_in_one"]["state"]["ema"])) and payload["step"] == 5
+    assert (
+        torch.equal(flat(payload["ema"]), flat(two[1]["stop_in_one"]["state"]["ema"]))
+        and payload["step"] == 5
+    )
 
 
 def test_the_loop_of_one_process_can_end_both(two):
@@ -356,12 +429,17 @@ def test_the_loop_of_one_process_can_end_both(two):
 
 def test_nan_in_one_process_stops_both_at_that_step(one, two):
     for seen in two:
-        assert "loss=nan at step 7 of digits-v-" in seen["nan_in_one"] and "nan/last.pt" in seen["nan_in_one"]
+        assert (
+            "loss=nan at step 7 of digits-v-" in seen["nan_in_one"]
+            and "nan/last.pt" in seen["nan_in_one"]
+        )
     assert checkpoints.read(one["folder"] / "nan" / "last.pt")["step"] == 6
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(two):
-    assert {seen["uneven"] for seen in two} == {"batch_size=5 does not divide among 2 processes: try 4 or 6"}
+    assert {seen["uneven"] for seen in two} == {
+        "batch_size=5 does not divide among 2 processes: try 4 or 6"
+    }
 
 
 def test_processes_at_different_steps_are_refused_by_both(two):
@@ -371,7 +449,9 @@ def test_processes_at_different_steps_are_refused_by_both(two):
 
 def test_processes_with_other_images_are_refused_by_both_also_when_they_resume(two):
     assert two[0]["other_images"] == two[1]["other_images"]
-    assert "shape is [24, 1, 8, 8] in process 0, [23, 1, 8, 8] in process 1" in two[0]["other_images"]
+    assert (
+        "shape is [24, 1, 8, 8] in process 0, [23, 1, 8, 8] in process 1" in two[0]["other_images"]
+    )
 
 
 def test_a_run_resumed_by_as_many_processes_is_the_uninterrupted_one_bit_for_bit_with_dropout(two):
@@ -386,7 +466,9 @@ def test_every_process_has_its_own_dropout(two):
 
 
 def test_a_run_goes_on_in_another_number_of_processes(one, two):
-    assert all(close(seen["resumed_from_one"]["losses"], one["plain"]["losses"][9:]) for seen in two)
+    assert all(
+        close(seen["resumed_from_one"]["losses"], one["plain"]["losses"][9:]) for seen in two
+    )
     state = checkpoints.load(one["folder"] / "stopped" / "last.pt", state_of(config(), weights=1))
     assert close(run(state)["losses"], one["plain"]["losses"][5:])
 
@@ -397,8 +479,15 @@ def test_weights_that_no_loss_reaches_do_no_harm(one, two):
 
 def test_a_full_disk_does_not_part_the_processes(one, two):
     said, warned, step = two[0]["disk_full"]
-    assert "the run ended at step 24, but full/last.pt was not written (No space left on device)" in said
-    assert [text.split(":")[0] for text in warned] == ["step 12", "step 18", "step 24"] and step == STEPS
+    assert (
+        "the run ended at step 24, but full/last.pt was not written (No space left on device)"
+        in said
+    )
+    assert [text.split(":")[0] for text in warned] == [
+        "step 12",
+        "step 18",
+        "step 24",
+    ] and step == STEPS
     assert tuple(two[1]["disk_full"]) == ("nothing was raised", [], STEPS)
     assert checkpoints.read(one["folder"] / "full" / "last.pt")["step"] == 6
 
@@ -411,9 +500,15 @@ def test_without_torchrun_there_is_one_process():
         assert device == torch.device("cpu") and (distributed.rank(), distributed.world()) == (0, 1)
     assert distributed.share(5) == slice(0, 5)
     model, loss = nn.Linear(1, 1), torch.tensor(2.0)
-    assert distributed.replicate(model, model) is model and distributed.gather(loss, False) == (loss, False)
+    assert distributed.replicate(model, model) is model and distributed.gather(loss, False) == (
+        loss,
+        False,
+    )
     distributed.agree(step=1)
-    with pytest.raises(RuntimeError, match="^Gloo is a fine place$"), distributed.lost_worker(lambda: "lost"):
+    with (
+        pytest.raises(RuntimeError, match="^Gloo is a fine place$"),
+        distributed.lost_worker(lambda: "lost"),
+    ):
         raise RuntimeError("Gloo is a fine place")  # in one process nobody else can have died
 
 
@@ -444,7 +539,11 @@ def test_a_killed_worker_ends_the_run_with_a_clear_line_and_a_whole_checkpoint(t
         _, said = job.communicate(timeout=200)
     assert job.returncode != 0
     line = next(line for line in said.splitlines() if line.startswith("WorkerLost: "))
-    assert "another process died at step" in line and "the last good checkpoint is" in line and "last.pt" in line
+    assert (
+        "another process died at step" in line
+        and "the last good checkpoint is" in line
+        and "last.pt" in line
+    )
     assert resumes(tmp_path) >= 10 and not list(tmp_path.glob("left-*"))
 
 

@@ -1,4 +1,6 @@
-"""Idea code stands in the lesson that introduces it and, identically, in the package; nowhere else."""
+"""Idea code stands in the lesson that introduces it and, identically, in
+the package; nowhere else.
+"""
 
 import ast
 import importlib
@@ -7,7 +9,8 @@ import inspect
 import pytest
 from lesson_files import code_of, lesson_names, read_lesson
 
-# The one table of what is built where. A definition that is missing, or stands a second time, fails a test.
+# The one table of what is built where. A definition that is missing, or stands a second time, fails
+# a test.
 BUILT_IN = {
     "01_forward_process": {
         "schedules": ["linear_betas", "cosine_betas", "NoiseSchedule"],
@@ -64,7 +67,12 @@ BUILT_IN = {
     },
     "09_exact_denoiser": {"oracle": ["GaussianDenoiser", "MixtureDenoiser", "DataDenoiser"]},
 }
-PLACES = [(lesson, room, name) for lesson, rooms in BUILT_IN.items() for room, names in rooms.items() for name in names]
+PLACES = [
+    (lesson, room, name)
+    for lesson, rooms in BUILT_IN.items()
+    for room, names in rooms.items()
+    for name in names
+]
 
 
 def definitions(source: str) -> dict[str, list[ast.AST]]:
@@ -79,17 +87,24 @@ def definitions(source: str) -> dict[str, list[ast.AST]]:
 def bare(node: ast.AST) -> str:
     """The tree as text, with every docstring taken out."""
     for inner in ast.walk(node):
-        if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner) is not None:
+        if (
+            isinstance(inner, ast.FunctionDef | ast.ClassDef)
+            and ast.get_docstring(inner) is not None
+        ):
             inner.body = inner.body[1:] or [ast.Pass()]
     return ast.dump(node)
 
 
-@pytest.mark.parametrize(("lesson", "room", "name"), PLACES, ids=[f"{lesson[:2]}-{name}" for lesson, _, name in PLACES])
+@pytest.mark.parametrize(
+    ("lesson", "room", "name"), PLACES, ids=[f"{lesson[:2]}-{name}" for lesson, _, name in PLACES]
+)
 def test_lesson_and_package_define_the_same(lesson, room, name):
     in_lesson = definitions(code_of(read_lesson(lesson))).get(name, [])
     assert len(in_lesson) == 1, f"{name} stands {len(in_lesson)} times in {lesson}, expected once"
     package = inspect.getsource(importlib.import_module(f"ddpm_utils.{room}"))
-    assert bare(in_lesson[0]) == bare(definitions(package)[name][0]), f"{name} differs between {lesson} and {room}.py"
+    assert bare(in_lesson[0]) == bare(definitions(package)[name][0]), (
+        f"{name} differs between {lesson} and {room}.py"
+    )
 
 
 @pytest.mark.parametrize("lesson", lesson_names())

@@ -1,4 +1,6 @@
-"""The step, the average, the loop that stops and goes on exactly, and files that are always whole."""
+"""The step, the average, the loop that stops and goes on exactly, and
+files that are always whole.
+"""
 
 import builtins
 import dataclasses
@@ -27,14 +29,18 @@ from ddpm_utils.training import EMA, TrainState
 from ddpm_utils.unet import UNet
 
 pytestmark = pytest.mark.usefixtures("own_folders")
-IMAGES = torch.randint(0, 256, (24, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randint(
+    0, 256, (24, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 HELD_OUT = IMAGES[:6].flip(-1)
 STEPS = 12  # of `tiny` on IMAGES
 
 
 @pytest.fixture
 def fresh(tiny, net):
-    """Builds a new state; keyword arguments change fields of the config, `weights` chooses the initial ones."""
+    """Builds a new state; keyword arguments change fields of the config, `weights` chooses the
+    initial ones.
+    """
 
     def build(weights=0, **changes):
         cfg = tiny(**changes)
@@ -71,9 +77,13 @@ def copied(state) -> dict:
 
 
 def at_forward(model, number, action):
-    """Call `action(module, output)` in forward pass `number`, counted from 0; what it returns replaces the output."""
+    """Call `action(module, output)` in forward pass `number`, counted from 0; what it returns
+    replaces the output.
+    """
     calls = iter(range(10**9))
-    return model.register_forward_hook(lambda m, i, out: action(m, out) if next(calls) == number else None)
+    return model.register_forward_hook(
+        lambda m, i, out: action(m, out) if next(calls) == number else None
+    )
 
 
 # timesteps and batches
@@ -86,14 +96,17 @@ def test_every_timestep_is_drawn_equally_often(n, timesteps):
     counts = t.bincount(minlength=timesteps).double()
     expected = len(t) / timesteps
     chi_square = ((counts - expected) ** 2 / expected).sum()
-    # Spreading the batch only lowers the statistic: mean T − 1 and standard deviation √(2(T − 1)) are its upper bounds.
+    # Spreading the batch only lowers the statistic: mean T − 1 and standard deviation √(2(T − 1))
+    # are its upper bounds.
     assert len(counts) == timesteps and t.dtype == torch.int64
     assert chi_square < timesteps - 1 + 5 * math.sqrt(2 * (timesteps - 1))
 
 
 @pytest.mark.parametrize("n", [1, 32])
 def test_the_middle_is_drawn_with_its_density(n):
-    """6·s·(1 − s), whose integral up to s is 3s² − 2s³: counted against the exact share of each timestep."""
+    """6·s·(1 − s), whose integral up to s is 3s² − 2s³: counted against the exact share of each
+    timestep.
+    """
     rng, draws, timesteps = torch.Generator().manual_seed(4), 20_000 // n, 20
     t = torch.cat([training.sample_timesteps(n, timesteps, rng, middle=True) for _ in range(draws)])
     edges = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
@@ -122,18 +135,32 @@ def test_every_image_is_seen_once_an_epoch(tiny, images, batch):
     assert all(sorted(one.tolist()) == list(range(images)) for one in passes)
     if images == 10:
         assert not torch.equal(passes[0], passes[1])
-    assert not torch.equal(seen, torch.cat([training.batch_indices(images, s, tiny(batch_size=batch, seed=1))
-                                            for s in range(images)])) or images == 1  # fmt: skip
+    assert (
+        not torch.equal(
+            seen,
+            torch.cat(
+                [
+                    training.batch_indices(images, s, tiny(batch_size=batch, seed=1))
+                    for s in range(images)
+                ]
+            ),
+        )
+        or images == 1
+    )
 
 
 def test_the_config_chooses_how_timesteps_are_drawn(fresh, monkeypatch):
     seen = {"stratified": [], "uniform": [], "middle": []}
     for draw, batches in seen.items():
         monkeypatch.setattr(
-            training, "train_step", lambda *a, out=batches: out.append(a[4].tolist()) or torch.tensor(1.0)
+            training,
+            "train_step",
+            lambda *a, out=batches: out.append(a[4].tolist()) or torch.tensor(1.0),
         )
         run(fresh(timestep_draw=draw, epochs=40))
-    parts = {draw: [len({t // 25 for t in batch}) for batch in batches] for draw, batches in seen.items()}
+    parts = {
+        draw: [len({t // 25 for t in batch}) for batch in batches] for draw, batches in seen.items()
+    }
     assert set(parts["stratified"]) == {4}
     # Of four free draws all fall into different quarters in 4! / 4⁴ = 9 % of the batches.
     share = sum(n == 4 for n in parts["uniform"]) / len(parts["uniform"])
@@ -147,7 +174,9 @@ def test_the_config_chooses_how_timesteps_are_drawn(fresh, monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam"])
 def test_the_config_chooses_the_optimizer(fresh, optimizer):
-    """They differ in weight decay alone: AdamW shrinks the weight, Adam adds it to a gradient whose size it then ignores."""
+    """They differ in weight decay alone: AdamW shrinks the weight, Adam adds it to a gradient whose
+    size it then ignores.
+    """
     cfg = fresh(optimizer=optimizer, lr=1e-2, weight_decay=0.5).cfg
     layer = constant(2.0)
     chosen = training.make_optimizer(layer, cfg)
@@ -164,7 +193,11 @@ def test_the_config_chooses_the_optimizer(fresh, optimizer):
 def test_one_batch_is_learned_by_heart(fresh):
     state = fresh(lr=1e-2)
     rng = torch.Generator().manual_seed(0)
-    x0, t, eps = training.to_model_range(IMAGES[:2]), torch.tensor([20, 70]), torch.randn(2, 1, 8, 8, generator=rng)
+    x0, t, eps = (
+        training.to_model_range(IMAGES[:2]),
+        torch.tensor([20, 70]),
+        torch.randn(2, 1, 8, 8, generator=rng),
+    )
     step = (state.model, state.optimizer, state.schedule, x0, t, eps)
     losses = [training.train_step(*step).item() for _ in range(150)]
     assert losses[-1] < 0.05 * losses[0]
@@ -178,9 +211,18 @@ def test_the_gradient_is_clipped_to_its_norm(net, tiny, clip):
     x0, eps = torch.ones(4, 1, 8, 8), torch.full((4, 1, 8, 8), 5.0)
     schedule = training.make_schedule(**cfg.noise())
     training.train_step(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), schedule, x0, torch.arange(4), eps, "eps", clip
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        schedule,
+        x0,
+        torch.arange(4),
+        eps,
+        "eps",
+        clip,
     )
-    moved = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before, strict=True)]).norm()
+    moved = torch.cat(
+        [(p - b).flatten() for p, b in zip(model.parameters(), before, strict=True)]
+    ).norm()
     assert moved.item() == pytest.approx(clip, rel=1e-3)
 
 
@@ -207,7 +249,10 @@ def constant(value: float) -> nn.Module:
 
 @pytest.mark.parametrize("n", [1, 5, 50])
 def test_ema_ramp_in_closed_form(n):
-    """From θ_ema = 1 towards a constant 0, what is left of the start is Π (1 + i) / (10 + i) = n! 9! / (n + 9)!."""
+    """From θ_ema = 1 towards a constant 0, what is left of the start is Π (1 + i) / (10 + i) = n!
+
+    9! / (n + 9)!.
+    """
     ema = EMA(constant(1.0), decay=0.99999)
     for _ in range(n):
         ema.update(constant(0.0))
@@ -231,7 +276,10 @@ def test_ema_is_a_copy_in_eval_mode_that_takes_no_gradient():
     nn.init.constant_(model.weight, 7.0)
     assert ema.model.weight.tolist() == [[1.0, 1.0]]
     assert (
-        not ema.model.training and not ema.model.weight.requires_grad and model.training and model.weight.requires_grad
+        not ema.model.training
+        and not ema.model.weight.requires_grad
+        and model.training
+        and model.weight.requires_grad
     )
 
 
@@ -241,14 +289,21 @@ def test_ema_is_a_copy_in_eval_mode_that_takes_no_gradient():
 def test_learning_rate_rises_holds_and_falls(tiny):
     cfg = tiny(lr=1e-3, warmup_steps=100, decay_from=0.5, lr_floor=0.1)
     rates = [training.learning_rate(step, 1000, cfg) for step in range(1000)]
-    assert rates[0] == pytest.approx(1e-5) and rates[49] == pytest.approx(5e-4) and rates[99] == pytest.approx(1e-3)
+    assert (
+        rates[0] == pytest.approx(1e-5)
+        and rates[49] == pytest.approx(5e-4)
+        and rates[99] == pytest.approx(1e-3)
+    )
     assert set(rates[99:501]) == {1e-3}
     assert rates[750] == pytest.approx(1e-3 * 0.55) and rates[-1] == pytest.approx(1e-4, rel=0.02)
     assert rates[:100] == sorted(rates[:100]) and rates[500:] == sorted(rates[500:], reverse=True)
 
 
-@pytest.mark.parametrize("changes", [dict(warmup_steps=0), dict(decay_from=0.0), dict(decay_from=1.0), dict(lr_floor=0.0)],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [dict(warmup_steps=0), dict(decay_from=0.0), dict(decay_from=1.0), dict(lr_floor=0.0)],
+    ids=str,
+)
 @pytest.mark.parametrize("total", [1, 2, 3, 40])
 def test_learning_rate_is_positive_and_never_above_its_peak(tiny, total, changes):
     cfg = tiny(warmup_steps=100).replace(**changes)
@@ -272,10 +327,14 @@ def test_every_target_trains(fresh, target):
 def test_records_say_what_happened(fresh):
     state = fresh()
     records = run(state, held_out=HELD_OUT, evaluate_every=5)
-    assert [r.step for r in records] == list(range(1, STEPS + 1)) and {r.total for r in records} == {STEPS}
+    assert [r.step for r in records] == list(range(1, STEPS + 1)) and {
+        r.total for r in records
+    } == {STEPS}
     assert [r.step for r in records if r.held_out is not None] == [5, 10, 12]
     assert all(math.isfinite(r.loss) and r.images_per_second > 0 for r in records)
-    assert [r.lr for r in records] == [training.learning_rate(i, STEPS, state.cfg) for i in range(STEPS)]
+    assert [r.lr for r in records] == [
+        training.learning_rate(i, STEPS, state.cfg) for i in range(STEPS)
+    ]
     assert run(state) == [] and not state.stopped
 
 
@@ -296,9 +355,13 @@ def test_some_labels_are_withheld_each_by_itself():
     assert torch.equal(kept[~gone], y[~gone]) and torch.equal(y, torch.arange(10).repeat(4000))
     n = len(y)
     assert abs(gone.double().mean() - 0.1) < 5 * (0.09 / n) ** 0.5
-    pairs = (gone[::2] & gone[1::2]).double().mean()  # independent of one another: the share of pairs is the square
+    # independent of one another: the share of pairs is the square
+    pairs = (gone[::2] & gone[1::2]).double().mean()
     assert abs(pairs - 0.01) < 5 * (0.01 * 0.99 / (n / 2)) ** 0.5
-    assert torch.equal(training.drop_labels(y, 0.0, 10), y) and (training.drop_labels(y, 1.0, 10) == 10).all()
+    assert (
+        torch.equal(training.drop_labels(y, 0.0, 10), y)
+        and (training.drop_labels(y, 1.0, 10) == 10).all()
+    )
 
 
 def test_the_loop_withholds_labels_and_draws_all_else_as_before(fresh):
@@ -310,7 +373,11 @@ def test_the_loop_withholds_labels_and_draws_all_else_as_before(fresh):
         state.model.register_forward_pre_hook(lambda m, args, given=given: given.append(args))
         run(state, labels=labels)
     for one, two, three in zip(*seen.values(), strict=True):
-        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]) and torch.equal(one[0], three[0])
+        assert (
+            torch.equal(one[0], two[0])
+            and torch.equal(one[1], two[1])
+            and torch.equal(one[0], three[0])
+        )
         assert ((two[2] == one[2]) | (two[2] == 3)).all() and (three[2] == 3).all()
     withheld = torch.cat([args[2] == 3 for args in seen[0.5]]).double().mean()
     assert 0.2 < withheld < 0.8
@@ -338,8 +405,11 @@ def test_no_float64_anywhere(fresh):
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
 
 
-@pytest.mark.parametrize("images", [torch.zeros(0, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, 1, 8, 8), IMAGES[0]],
-                         ids=["empty", "float", "one image without a batch"])  # fmt: skip
+@pytest.mark.parametrize(
+    "images",
+    [torch.zeros(0, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, 1, 8, 8), IMAGES[0]],
+    ids=["empty", "float", "one image without a batch"],
+)
 @pytest.mark.parametrize("which", ["images", "held_out"])
 def test_bad_images_are_refused_before_the_first_step(fresh, which, images):
     state = fresh()
@@ -349,7 +419,9 @@ def test_bad_images_are_refused_before_the_first_step(fresh, which, images):
     assert state.step == 0
 
 
-@pytest.mark.parametrize("labels", [torch.zeros(5).long(), torch.zeros(30).long()], ids=["too few", "too many"])
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(5).long(), torch.zeros(30).long()], ids=["too few", "too many"]
+)
 def test_labels_that_do_not_go_with_the_images_are_refused_before_the_first_step(fresh, labels):
     state = fresh(num_classes=3)
     with pytest.raises(ValueError, match=rf"{len(labels)}.*24"):
@@ -372,7 +444,9 @@ def test_nan_stops_the_run_names_the_step_and_leaves_the_last_good_file(fresh, t
     state = fresh()
     at_forward(state.model, 7, lambda module, out: out * math.nan)
     words = (
-        "nan at step 7 .*last good checkpoint is .*last.pt.*Lower lr" if saved else "step 7.*no checkpoint was written"
+        "nan at step 7 .*last good checkpoint is .*last.pt.*Lower lr"
+        if saved
+        else "step 7.*no checkpoint was written"
     )
     records = []
     with pytest.raises(TrainingDiverged, match=words):
@@ -385,23 +459,35 @@ def test_nan_stops_the_run_names_the_step_and_leaves_the_last_good_file(fresh, t
 
 
 def test_weights_that_are_not_finite_are_never_written_over_good_ones(fresh, tmp_path):
-    """A loss may be finite while its gradient is not: the weights are ruined one step before the loss shows it."""
+    """A loss may be finite while its gradient is not: the weights are ruined one step before the
+    loss shows it.
+    """
     state = fresh()
-    at_forward(state.model, 7, lambda module, out: out.register_hook(lambda gradient: gradient * math.inf) and None)
+    at_forward(
+        state.model,
+        7,
+        lambda module, out: out.register_hook(lambda gradient: gradient * math.inf) and None,
+    )
     with pytest.raises(TrainingDiverged):
         run(state, folder=tmp_path, evaluate_every=1)
     payload = checkpoints.read(tmp_path / "last.pt")
-    assert payload["step"] == 7 and all(w.isfinite().all() for w in (payload["model"] | payload["ema"]).values())
+    assert payload["step"] == 7 and all(
+        w.isfinite().all() for w in (payload["model"] | payload["ema"]).values()
+    )
 
 
 @pytest.mark.parametrize("factor", [1e6, -math.inf])
-def test_an_enormous_loss_stops_the_run_and_the_message_names_step_config_and_file(fresh, tmp_path, factor):
+def test_an_enormous_loss_stops_the_run_and_the_message_names_step_config_and_file(
+    fresh, tmp_path, factor
+):
     state = fresh()
     at_forward(state.model, 7, lambda module, out: out + factor)
     with pytest.raises(TrainingDiverged) as error:
         run(state, folder=tmp_path, evaluate_every=3)
     loss = "1e+12" if factor == 1e6 else "inf"
-    assert f"loss={loss} at step 7 of {state.cfg.run_name()} (lr=0.005, batch_size=4, " in str(error.value)
+    assert f"loss={loss} at step 7 of {state.cfg.run_name()} (lr=0.005, batch_size=4, " in str(
+        error.value
+    )
     assert checkpoints.read(tmp_path / "last.pt")["step"] == 6
     assert len(str(error.value)) < 300
 
@@ -416,14 +502,21 @@ def test_a_high_loss_is_no_explosion(fresh):
 
 
 class Waits(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts what makes a host wait for its GPU: values that Python asks for, and shapes that depend on values."""
+    """Counts what makes a host wait for its GPU: values that Python asks for, and shapes that
+    depend on values.
+    """
 
     def __init__(self):
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        self.count += function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal", "masked_select")
+        self.count += function.overloadpacket.__name__ in (
+            "_local_scalar_dense",
+            "nonzero",
+            "equal",
+            "masked_select",
+        )
         return function(*arguments, **(named or {}))
 
 
@@ -442,7 +535,9 @@ def test_losses_are_read_as_rarely_as_the_device_wants(fresh, monkeypatch, every
             records.append(record)
     assert looks == (list(range(1, 19)) if every == 1 else [1, 6, 9, 11, 16, 18])
     assert waits == [0] * 8 + [1] * 9 + [2]  # at the two save points: are all weights finite?
-    assert [r.loss for r in records] == [r.loss for r in run(plain)] and same(everything(state), everything(plain))
+    assert [r.loss for r in records] == [r.loss for r in run(plain)] and same(
+        everything(state), everything(plain)
+    )
     assert all(isinstance(r.loss, float) and r.images_per_second > 0 for r in records)
 
 
@@ -485,7 +580,8 @@ def test_waiting_for_a_loss_counts_as_time_of_the_steps(fresh):
         records = [(record, record.loss)[0] for record in train(state, IMAGES, evaluate_every=1000)]
     assert len(records) == 12
     assert records[-1].clock.busy > 12 * 0.03
-    assert records[-1].images_per_second < 4 / 0.03  # a batch of 4 each 30 ms, and not as fast as steps are ordered
+    # a batch of 4 each 30 ms, and not as fast as steps are ordered
+    assert records[-1].images_per_second < 4 / 0.03
 
 
 def test_losses_are_read_in_one_go(fresh):
@@ -590,7 +686,10 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(fresh, tmp_path, way
     assert [record.loss for record in records] == losses and state.step == STEPS
     if way == "break":  # stopping by hand measures once more, which can only lower the best
         assert same(everything(state), everything(whole))
-    assert same(everything(state) | {"best": 0}, everything(whole) | {"best": 0}) and state.best <= whole.best
+    assert (
+        same(everything(state) | {"best": 0}, everything(whole) | {"best": 0})
+        and state.best <= whole.best
+    )
 
 
 def test_a_run_that_is_interrupted_twice(fresh, tmp_path):
@@ -621,19 +720,26 @@ def brighter(images):
     ("images", "says"),
     [
         (IMAGES[:23], r"number and size \(N, C, H, W\) \[24, 1, 8, 8\] then, \[23, 1, 8, 8\] now"),
-        (IMAGES.flip(0), r"other data: pixels \(digest\) \w{16} then, \w{16} now\. Give it the same images"),
+        (
+            IMAGES.flip(0),
+            r"other data: pixels \(digest\) \w{16} then, \w{16} now\. Give it the same images",
+        ),
         (brighter(IMAGES), r"other data: pixels"),
     ],
     ids=["fewer", "another order", "one pixel"],
 )
 def test_a_run_goes_on_with_the_images_that_it_began_with(fresh, tmp_path, images, says):
-    """With other images, or another number of them, a resumed run would not be the run that was stopped."""
+    """With other images, or another number of them, a resumed run would not be the run that was
+    stopped.
+    """
     state = fresh()
     at_forward(state.model, 2, press_stop)
     run(state, folder=tmp_path)
     resumed = checkpoints.load(tmp_path / "last.pt", fresh())
     for other in (state, resumed):
-        with pytest.raises(ValueError, match=f"came to step 3 on other data: .*{says.removeprefix('other data: ')}"):
+        with pytest.raises(
+            ValueError, match=f"came to step 3 on other data: .*{says.removeprefix('other data: ')}"
+        ):
             run(other, images=images)
     run(resumed)
     assert resumed.step == resumed.cfg.steps(24)
@@ -650,7 +756,9 @@ def test_a_run_goes_on_with_the_labels_that_it_began_with(fresh, tmp_path):
     run(state, folder=tmp_path, labels=labels)
     for other in (labels.flip(0), None):
         resumed = checkpoints.load(tmp_path / "last.pt", fresh(num_classes=3))
-        with pytest.raises(ValueError, match=r"other data: labels \(digest\) \w{16} then, (\w{16}|None) now\."):
+        with pytest.raises(
+            ValueError, match=r"other data: labels \(digest\) \w{16} then, (\w{16}|None) now\."
+        ):
             run(resumed, labels=other)
     run(resumed, labels=labels)
     assert resumed.step == resumed.cfg.steps(24)
@@ -676,7 +784,9 @@ def test_a_checkpoint_of_an_earlier_version_knows_the_shape_of_its_images_alone(
 # twenty-seven ways to be interrupted
 
 EVERY = 5  # steps between two save points
-POINTS = {  # where, and the step of the file that is left when all ends there, and when a signal is heeded there
+# where, and the step of the file that is left when all ends there, and when a signal is heeded
+# there
+POINTS = {
     "before a step": (5, 8),
     "after the optimizer": (5, 8),
     "before the average": (5, 8),
@@ -773,7 +883,9 @@ def kill_everywhere(folder: Path) -> None:
         child = os.fork()
         if child == 0:
             try:
-                interrupted(a_run(0), folder / point, point, lambda: os.kill(os.getpid(), signal.SIGKILL))
+                interrupted(
+                    a_run(0), folder / point, point, lambda: os.kill(os.getpid(), signal.SIGKILL)
+                )
             finally:
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, point
@@ -785,9 +897,14 @@ def killed(tmp_path_factory):
     if not hasattr(os, "fork"):
         pytest.skip("needs fork and kill −9")
     folder, tests = tmp_path_factory.mktemp("killed"), str(Path(__file__).parent)
-    code = "import sys; sys.path[:0] = sys.argv[1:3]; import test_training as t; t.kill_everywhere(t.Path(sys.argv[3]))"
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:3]; import test_training as t; "
+        "t.kill_everywhere(t.Path(sys.argv[3]))"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(tests).parent), tests, str(folder)], capture_output=True, text=True
+        [sys.executable, "-c", code, str(Path(tests).parent), tests, str(folder)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -814,7 +931,9 @@ def one_thread():
 
 @pytest.mark.parametrize("way", ["signal", "error", "kill"])
 @pytest.mark.parametrize("point", POINTS)
-def test_an_interrupted_run_goes_on_bit_for_bit_from_a_whole_file(tmp_path, point, way, request, in_peace, one_thread):
+def test_an_interrupted_run_goes_on_bit_for_bit_from_a_whole_file(
+    tmp_path, point, way, request, in_peace, one_thread
+):
     losses, state, folder = {}, a_run(0), tmp_path
     if way == "signal":
         signum = signal.SIGTERM if len(point) % 2 else signal.SIGINT
@@ -837,7 +956,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit_from_a_whole_file(tmp_path, poin
     checkpoints.load(folder / "last.pt", state)
     losses |= {record.step: record.loss for record in train(state, IMAGES, HELD_OUT, folder, EVERY)}
     whole, end = in_peace
-    assert {step: loss for step, loss in whole.items() if step in losses} == losses and max(losses) == STEPS
+    assert {step: loss for step, loss in whole.items() if step in losses} == losses and max(
+        losses
+    ) == STEPS
     assert len(losses) == STEPS or (way != "signal" and len(losses) == STEPS - left)
     assert same(everything(state) | {"best": 0}, end | {"best": 0}) and state.best <= end["best"]
     assert sorted(path.name for path in folder.iterdir() if path.suffix) == ["best.pt", "last.pt"]
@@ -852,8 +973,15 @@ def test_held_out_loss_repeats_and_leaves_mode_and_chance_alone(fresh):
     for training_mode in (True, False):
         state.model.train(training_mode)
         before = torch.get_rng_state()
-        a, b = (training.held_out_loss(state.model, state.schedule, IMAGES, "v", batch_size=5) for _ in range(2))
-        assert a == b and state.model.training is training_mode and torch.equal(torch.get_rng_state(), before)
+        a, b = (
+            training.held_out_loss(state.model, state.schedule, IMAGES, "v", batch_size=5)
+            for _ in range(2)
+        )
+        assert (
+            a == b
+            and state.model.training is training_mode
+            and torch.equal(torch.get_rng_state(), before)
+        )
 
 
 def test_held_out_loss_gives_the_mode_back_after_an_error(fresh):
@@ -870,7 +998,8 @@ def test_loss_per_timestep_meets_the_timesteps_it_is_given(fresh):
     t = torch.arange(len(IMAGES)) * 4
     losses = training.loss_per_timestep(state.model, state.schedule, IMAGES, "eps", t, batch_size=7)
     assert losses.shape == (len(IMAGES),) and torch.equal(torch.cat(met), t)
-    assert losses.mean().item() == pytest.approx(1, abs=0.1)  # the fresh network answers 0 to noise of variance 1
+    # the fresh network answers 0 to noise of variance 1
+    assert losses.mean().item() == pytest.approx(1, abs=0.1)
 
 
 # files
@@ -889,9 +1018,15 @@ def test_best_is_kept_beside_last(fresh, tmp_path):
     records = run(state, held_out=HELD_OUT, folder=tmp_path, evaluate_every=6)
     measured = {record.step: record.held_out for record in records if record.held_out is not None}
     best = checkpoints.read(tmp_path / "best.pt")
-    assert best["best"] == min(measured.values()) == state.best and measured[best["step"]] == state.best
+    assert (
+        best["best"] == min(measured.values()) == state.best
+        and measured[best["step"]] == state.best
+    )
     assert checkpoints.read(tmp_path / "last.pt")["step"] == state.step
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".pt") == ["best.pt", "last.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".pt") == [
+        "best.pt",
+        "last.pt",
+    ]
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_no_litter(fresh, tmp_path, monkeypatch):
@@ -906,7 +1041,9 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_litter(fresh, tmp_path, mo
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="no space"):
         checkpoints.save(path, state)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir() if p.suffix != ""] == ["last.pt"]
+    assert path.read_bytes() == before and [
+        p.name for p in tmp_path.iterdir() if p.suffix != ""
+    ] == ["last.pt"]
 
 
 def fill_disk(patch, *names, steps=range(10**9), state=None):
@@ -937,13 +1074,19 @@ def test_a_failed_save_is_a_warning_and_tried_again(fresh, tmp_path, monkeypatch
         f"step {step}: {tmp_path.name}/last.pt was not written" for step in (6, 9)
     ]
     assert "No space left on device" in str(caught[0].message) and caught[0].filename == __file__
-    assert len(records) == STEPS and same(everything(state), everything(plain)) and state.unsaved is None
+    assert (
+        len(records) == STEPS
+        and same(everything(state), everything(plain))
+        and state.unsaved is None
+    )
     assert checkpoints.read(tmp_path / "last.pt")["step"] == STEPS
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["last.pt"]
 
 
 @pytest.mark.parametrize("end", ["end", "stop"])
-def test_a_run_whose_last_save_fails_says_so_and_can_be_saved_elsewhere(fresh, tmp_path, monkeypatch, end):
+def test_a_run_whose_last_save_fails_says_so_and_can_be_saved_elsewhere(
+    fresh, tmp_path, monkeypatch, end
+):
     state, records = fresh(), []
     last = STEPS if end == "end" else 8
     with monkeypatch.context() as patch, warnings.catch_warnings(action="ignore"):
@@ -953,13 +1096,16 @@ def test_a_run_whose_last_save_fails_says_so_and_can_be_saved_elsewhere(fresh, t
                 records.append(record)
                 state.stopped = end == "stop" and record.step == 8
     assert len(records) == state.step == last
-    assert f"the run ended at step {last}, but run/last.pt was not written (No space left" in str(error.value)
+    assert f"the run ended at step {last}, but run/last.pt was not written (No space left" in str(
+        error.value
+    )
     assert "checkpoints.save with another path" in str(error.value) and len(str(error.value)) < 250
     assert checkpoints.read(tmp_path / "run" / "last.pt")["step"] == 3
     checkpoints.save(tmp_path / "elsewhere" / "last.pt", state)
     other = checkpoints.load(tmp_path / "elsewhere" / "last.pt", fresh(weights=1))
     assert same(everything(other), everything(state))
-    assert [r.step for r in run(state, folder=tmp_path / "run")] == list(range(last + 1, STEPS + 1))  # no old complaint
+    # no old complaint
+    assert [r.step for r in run(state, folder=tmp_path / "run")] == list(range(last + 1, STEPS + 1))
 
 
 def test_a_best_that_was_not_written_is_not_the_best(fresh, tmp_path, monkeypatch):
@@ -968,16 +1114,24 @@ def test_a_best_that_was_not_written_is_not_the_best(fresh, tmp_path, monkeypatc
     monkeypatch.setattr(runs, "held_out_loss", lambda *_, **__: next(measures))
     fill_disk(monkeypatch, "best", steps=(12,), state=state)
     with pytest.warns(RuntimeWarning, match="step 12: .*best.pt was not written"):
-        bests = [(record.step, state.best) for record in train(state, IMAGES, HELD_OUT, tmp_path, 6) if record.held_out]
+        bests = [
+            (record.step, state.best)
+            for record in train(state, IMAGES, HELD_OUT, tmp_path, 6)
+            if record.held_out
+        ]
     assert bests == [(6, 0.5), (12, 0.5), (18, 0.45), (24, 0.3)]
     assert checkpoints.read(tmp_path / "best.pt")["step"] == 24
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(fresh, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(
+    fresh, tmp_path, monkeypatch
+):
     (tmp_path / "file").write_text("")
     state = fresh()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(NotSaved, match=r"cannot be written to \(.+\): choose a folder that you can write to"):
+        with pytest.raises(
+            NotSaved, match=r"cannot be written to \(.+\): choose a folder that you can write to"
+        ):
             run(state, folder=folder)
         with pytest.raises(NotSaved, match="was not written"):
             checkpoints.save(folder / "last.pt", state)
@@ -987,7 +1141,9 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(fre
 
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     with pytest.raises(
-        NotSaved, match=r"cannot be written to \(Read-only file system\): choose a folder that you can write to"
+        NotSaved,
+        match=r"cannot be written to \(Read-only file system\): choose a folder that you can "
+        r"write to",
     ):
         run(state, folder=tmp_path)
     assert state.step == 0 and (tmp_path / "file").read_text() == ""
@@ -1032,7 +1188,16 @@ except t.NotSaved as error:
 def test_a_disk_that_is_full_and_one_that_turns_read_only(tmp_path):
     (tmp_path / "disk").mkdir()
     tests = Path(__file__).parent
-    command = ["unshare", "--map-root-user", "--mount", sys.executable, "-c", SMALL_DISK, tests.parent, tests]
+    command = [
+        "unshare",
+        "--map-root-user",
+        "--mount",
+        sys.executable,
+        "-c",
+        SMALL_DISK,
+        tests.parent,
+        tests,
+    ]
     try:
         done = subprocess.run([*command, tmp_path / "disk"], capture_output=True, text=True)
     except FileNotFoundError:
@@ -1041,9 +1206,17 @@ def test_a_disk_that_is_full_and_one_that_turns_read_only(tmp_path):
         pytest.skip("needs the right to mount a file system of its own")
     assert done.returncode == 0, done.stderr
     full, read_only, at_once = done.stdout.splitlines()
-    assert "the run ended at step 12, but disk/last.pt was not written (No space left on device)" in full
-    assert "the run ended at step 12, but disk/last.pt was not written (Read-only file system)" in read_only
-    assert at_once.endswith("disk cannot be written to (Read-only file system): choose a folder that you can write to")
+    assert (
+        "the run ended at step 12, but disk/last.pt was not written (No space left on device)"
+        in full
+    )
+    assert (
+        "the run ended at step 12, but disk/last.pt was not written (Read-only file system)"
+        in read_only
+    )
+    assert at_once.endswith(
+        "disk cannot be written to (Read-only file system): choose a folder that you can write to"
+    )
 
 
 def test_litter_of_the_dead_is_removed_and_nothing_else(fresh, tmp_path):
@@ -1087,7 +1260,8 @@ for trial in range(5):
         saved += told
     os.close(reader)
     checkpoints.load(path, state)
-    assert len(list(path.parent.glob("*.part"))) <= 1, "each save removes what was left of the one before"
+    # each save removes what was left of the one before
+    assert len(list(path.parent.glob("*.part"))) <= 1
     assert saved <= state.step <= saved + 1, (trial, saved, state.step)
     print(state.step)
 """
@@ -1097,7 +1271,10 @@ for trial in range(5):
 def test_kill_9_during_a_save_loses_nothing(tmp_path):
     root = Path(training.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", KILL, str(tmp_path / "last.pt")], cwd=root, capture_output=True, text=True
+        [sys.executable, "-c", KILL, str(tmp_path / "last.pt")],
+        cwd=root,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == 5
@@ -1134,21 +1311,33 @@ SPOIL = {
     "a list": lambda path: torch.save([1, 2], path),
     "weights alone": lambda path: torch.save({"a": torch.zeros(2)}, path),
     "no weights": lambda path: torch.save(dict(list(torch.load(path).items())[:3]), path),
-    "weights of another network": lambda path: torch.save(torch.load(path) | {"model": {"a": torch.zeros(1)}}, path),
+    "weights of another network": lambda path: torch.save(
+        torch.load(path) | {"model": {"a": torch.zeros(1)}}, path
+    ),
     "a whole module": lambda path: torch.save(nn.Linear(1, 1), path),
-    "another schema": lambda path: torch.save(torch.load(path) | {"schema": checkpoints.SCHEMA + 1}, path),
-    "a config of another kind": lambda path: torch.save(torch.load(path) | {"config": ["lr"]}, path),
-    "a state of no generator": lambda path: torch.save(torch.load(path) | {"rng": torch.zeros(3)}, path),
+    "another schema": lambda path: torch.save(
+        torch.load(path) | {"schema": checkpoints.SCHEMA + 1}, path
+    ),
+    "a config of another kind": lambda path: torch.save(
+        torch.load(path) | {"config": ["lr"]}, path
+    ),
+    "a state of no generator": lambda path: torch.save(
+        torch.load(path) | {"rng": torch.zeros(3)}, path
+    ),
     "an optimizer of other weights": lambda path: torch.save(
         torch.load(path) | {"optimizer": foreign_optimizer()}, path
     ),
-    "an optimizer whose averages do not fit": lambda path: torch.save(cut_averages(torch.load(path)), path),
+    "an optimizer whose averages do not fit": lambda path: torch.save(
+        cut_averages(torch.load(path)), path
+    ),
 }
 for entry in checkpoints.ENTRIES:
     SPOIL[f"no {entry}"] = lambda path, name=entry: torch.save(
         {key: value for key, value in torch.load(path).items() if key != name}, path
     )
-    SPOIL[f"{entry} of another type"] = lambda path, name=entry: torch.save(torch.load(path) | {name: "a text"}, path)
+    SPOIL[f"{entry} of another type"] = lambda path, name=entry: torch.save(
+        torch.load(path) | {name: "a text"}, path
+    )
 
 
 def foreign_optimizer() -> dict:
@@ -1174,20 +1363,31 @@ def test_a_damaged_or_foreign_file_is_refused_and_changes_nothing(fresh, saved, 
 
 def test_the_schema_is_named_on_both_sides(saved):
     SPOIL["another schema"](saved)
-    with pytest.raises(ValueError, match=f"schema {checkpoints.SCHEMA + 1}, this version reads {checkpoints.SCHEMA}"):
+    with pytest.raises(
+        ValueError,
+        match=f"schema {checkpoints.SCHEMA + 1}, this version reads {checkpoints.SCHEMA}",
+    ):
         checkpoints.read(saved)
 
 
 def test_no_code_from_a_file_is_run(tmp_path):
     proof = tmp_path / "boom"
-    for name, write in {"torch": torch.save, "pickle": lambda x, p: p.write_bytes(pickle.dumps(x))}.items():
+    for name, write in {
+        "torch": torch.save,
+        "pickle": lambda x, p: p.write_bytes(pickle.dumps(x)),
+    }.items():
         write({"schema": 1, "config": {}, "model": Bomb(proof)}, tmp_path / name)
-        with pytest.raises(ValueError, match="no whole checkpoint"), warnings.catch_warnings(action="ignore"):
+        with (
+            pytest.raises(ValueError, match="no whole checkpoint"),
+            warnings.catch_warnings(action="ignore"),
+        ):
             checkpoints.read(tmp_path / name)
     assert not proof.exists()
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()], ids=["nothing", "a folder"])
+@pytest.mark.parametrize(
+    "make", [lambda path: None, lambda path: path.mkdir()], ids=["nothing", "a folder"]
+)
 def test_no_checkpoint_there(fresh, tmp_path, make):
     make(tmp_path / "last.pt")
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*last.pt.*train first"):
@@ -1199,7 +1399,11 @@ def test_another_config_is_refused_with_every_field_that_differs(fresh, saved):
     before = copied(state)
     with pytest.raises(ValueError, match="does not match run/last.pt") as error:
         checkpoints.load(saved, state)
-    for words in ("lr: 0.001 against 0.005", "target: 'eps' against 'v'", "timesteps: 200 against 100"):
+    for words in (
+        "lr: 0.001 against 0.005",
+        "target: 'eps' against 'v'",
+        "timesteps: 200 against 100",
+    ):
         assert words in str(error.value)
     assert "seed" not in str(error.value) and same(everything(state), before)
 
@@ -1225,7 +1429,9 @@ def test_a_record_is_read_only(fresh):
 
 
 def test_measuring_puts_every_part_back_into_its_own_mode(tiny, net):
-    """A part that was frozen in eval mode inside a training network stays frozen after a measurement."""
+    """A part that was frozen in eval mode inside a training network stays frozen after a
+    measurement.
+    """
     state = TrainState(tiny(), net(tiny()).train())
     state.model.head.eval()
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
@@ -1237,7 +1443,9 @@ def test_measuring_puts_every_part_back_into_its_own_mode(tiny, net):
 
 
 def test_a_run_says_once_how_long_it_will_take(fresh, monkeypatch):
-    """A step takes a second here, the first one a minute, and what the caller does in between is not counted."""
+    """A step takes a second here, the first one a minute, and what the caller does in between is
+    not counted.
+    """
     now = [0.0]
     state = fresh(epochs=30)  # 180 steps of 4 images
     monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])

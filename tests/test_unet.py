@@ -1,4 +1,6 @@
-"""The network: shapes, what starts at zero, what time and labels reach, and the blocks against formulas written out."""
+"""The network: shapes, what starts at zero, what time and labels reach, and the blocks against
+formulas written out.
+"""
 
 import re
 
@@ -15,7 +17,9 @@ pytestmark = pytest.mark.usefixtures("same_numbers_every_time")
 
 
 def awake(model, seed=0):
-    """`model` with small random numbers in everything that starts at zero, as after some training."""
+    """`model` with small random numbers in everything that starts at zero,
+    as after some training.
+    """
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -26,7 +30,9 @@ def awake(model, seed=0):
 
 def inputs(batch=2, channels=1, size=8, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, channels, size, size, generator=g), torch.randint(0, 1000, (batch,), generator=g)
+    return torch.randn(batch, channels, size, size, generator=g), torch.randint(
+        0, 1000, (batch,), generator=g
+    )
 
 
 # ---- the whole network
@@ -40,13 +46,19 @@ def test_default_has_its_published_number_of_parameters():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("fold", [1, 2, 4])
 def test_answers_in_the_shape_of_its_input(size, channels, fold):
-    model = UNet(channels, **{**TINY, "widths": (8,) if fold == 4 else (8, 16)}, attention_levels=(), fold=fold)
+    model = UNet(
+        channels,
+        **{**TINY, "widths": (8,) if fold == 4 else (8, 16)},
+        attention_levels=(),
+        fold=fold,
+    )
     x, t = inputs(2, channels, size)
     assert model(x, t).shape == x.shape
 
 
 @pytest.mark.parametrize(
-    "widths, attention_levels", [((8,), (0,)), ((8, 8, 16), (1, 2)), ((4, 8, 8, 16), ()), ((16, 8), (0, 1))]
+    "widths, attention_levels",
+    [((8,), (0,)), ((8, 8, 16), (1, 2)), ((4, 8, 8, 16), ()), ((16, 8), (0, 1))],
 )
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_any_number_of_levels_and_blocks(widths, attention_levels, blocks):
@@ -76,7 +88,9 @@ def test_every_branch_starts_as_the_identity():
 
 
 def test_every_parameter_takes_part():
-    """Backwards from the answer; but a bias of the keys adds the same to a whole row of the softmax, which cannot see it."""
+    """Backwards from the answer; but a bias of the keys adds the same to a whole row of the
+    softmax, which cannot see it.
+    """
     model = awake(UNet(**{**TINY, "blocks": 2}))
     x, t = inputs()
     (model(x, t) ** 2).sum().backward()
@@ -116,7 +130,9 @@ def test_gradient_reaches_the_time_embedding_from_every_block():
     model, (x, t) = awake(UNet(**TINY)), inputs()
     (model(x, t) ** 2).sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in model.time.parameters())
-    assert all(m.time.weight.grad.abs().sum() > 0 for m in model.modules() if isinstance(m, ResBlock))
+    assert all(
+        m.time.weight.grad.abs().sum() > 0 for m in model.modules() if isinstance(m, ResBlock)
+    )
 
 
 # ---- dropout and labels
@@ -136,7 +152,9 @@ def test_labels_change_the_answer_and_none_is_the_last_of_them():
             assert (answers[i] - answers[j]).abs().max() > 1e-4
     assert torch.equal(model(x, t), answers[3])
     mixed = model(x, t, torch.tensor([0, 2]))
-    torch.testing.assert_close(mixed, torch.stack([answers[0][0], answers[2][1]]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        mixed, torch.stack([answers[0][0], answers[2][1]]), rtol=1e-4, atol=1e-5
+    )
 
 
 # ---- the parts, against formulas
@@ -155,7 +173,9 @@ def test_attention_is_the_softmax_formula():
     """For each head: softmax(q kᵀ / √d) v over all positions, written out with loops."""
     layer = awake(SelfAttention(8, heads=2, groups=4))
     x = torch.randn(2, 8, 3, 5)
-    qkv = F.conv2d(F.group_norm(x, 4, layer.norm.weight, layer.norm.bias), layer.qkv.weight, layer.qkv.bias).flatten(2)
+    qkv = F.conv2d(
+        F.group_norm(x, 4, layer.norm.weight, layer.norm.bias), layer.qkv.weight, layer.qkv.bias
+    ).flatten(2)
     q, k, v = qkv[:, :8], qkv[:, 8:16], qkv[:, 16:]
     heads = []
     for part in (slice(0, 4), slice(4, 8)):
@@ -167,14 +187,22 @@ def test_attention_is_the_softmax_formula():
 
 @pytest.mark.parametrize("c_out", [8, 4])
 def test_residual_block_is_its_formula(c_out):
-    """shortcut + conv(silu(norm(conv(silu(norm(x)))) · (1 + scale) + shift)), scale and shift linear in silu(emb)."""
-    block, x, emb = awake(ResBlock(8, c_out, 6, groups=4)), torch.randn(2, 8, 4, 4), torch.randn(2, 6)
+    """shortcut + conv(silu(norm(conv(silu(norm(x)))) · (1 + scale) + shift)), scale and shift
+    linear in silu(emb).
+    """
+    block, x, emb = (
+        awake(ResBlock(8, c_out, 6, groups=4)),
+        torch.randn(2, 8, 4, 4),
+        torch.randn(2, 6),
+    )
     h = block.conv1(F.silu(F.group_norm(x, 4, block.norm1.weight, block.norm1.bias)))
     scale_shift = F.linear(F.silu(emb), block.time.weight, block.time.bias)
     scale, shift = scale_shift[:, :c_out, None, None], scale_shift[:, c_out:, None, None]
     h = F.group_norm(h, 4, block.norm2.weight, block.norm2.bias) * (1 + scale) + shift
     shortcut = x if c_out == 8 else F.conv2d(x, block.shortcut.weight, block.shortcut.bias)
-    torch.testing.assert_close(block(x, emb), shortcut + block.conv2(F.silu(h)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        block(x, emb), shortcut + block.conv2(F.silu(h)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_upsample_doubles_by_repeating_pixels_then_convolves():
@@ -193,7 +221,9 @@ def test_upsample_doubles_by_repeating_pixels_then_convolves():
 def test_error_names_sizes_that_work(levels, fold, height, width):
     model = UNet(**{**TINY, "widths": (8,) * levels}, fold=fold)
     t = torch.tensor([0])
-    with pytest.raises(ValueError, match=rf"{height} × {width} must be multiples of {model.divisor}: try") as error:
+    with pytest.raises(
+        ValueError, match=rf"{height} × {width} must be multiples of {model.divisor}: try"
+    ) as error:
         model(torch.zeros(1, 1, height, width), t)
     sizes = [int(s) for s in str(error.value).split("try ")[1].split(" or ")]
     assert sizes
@@ -205,12 +235,15 @@ def test_error_names_sizes_that_work(levels, fold, height, width):
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 8, 8), (2, 1, 8, 8, 8)])
 def test_refuses_an_input_of_the_wrong_shape(shape):
     with pytest.raises(
-        ValueError, match=rf"x_t has shape {re.escape(str(shape))}, expected \(batch, 1, height, width\)"
+        ValueError,
+        match=rf"x_t has shape {re.escape(str(shape))}, expected \(batch, 1, height, width\)",
     ):
         UNet(**TINY)(torch.zeros(shape), torch.zeros(shape[0], dtype=torch.long))
 
 
-@pytest.mark.parametrize("t", [torch.zeros(2), torch.tensor(3), torch.tensor([1]), torch.zeros(2, 1, dtype=torch.long)])
+@pytest.mark.parametrize(
+    "t", [torch.zeros(2), torch.tensor(3), torch.tensor([1]), torch.zeros(2, 1, dtype=torch.long)]
+)
 def test_refuses_t_that_is_not_one_whole_number_an_image(t):
     with pytest.raises(ValueError, match=r"t has shape .* expected \(2,\) whole numbers"):
         UNet(**TINY)(torch.zeros(2, 1, 8, 8), t)
@@ -227,13 +260,19 @@ def test_refuses_t_that_is_not_one_whole_number_an_image(t):
     ],
 )
 def test_refuses_labels_that_are_not_one_known_class_an_image(y):
-    """Three classes: 0, 1, 2, and 3 for "no label". One label for two images would be handed to both without a word."""
+    """Three classes: 0, 1, 2, and 3 for "no label".
+
+    One label for two images would be handed to both without a word.
+    """
     with pytest.raises(ValueError, match=r"^y (has shape|holds) "):
         UNet(**TINY, num_classes=3)(*inputs(), y)
 
 
 def test_refuses_labels_where_none_were_promised():
-    with pytest.raises(ValueError, match="labels y were given, .* num_classes=0: build it with the number of classes"):
+    with pytest.raises(
+        ValueError,
+        match="labels y were given, .* num_classes=0: build it with the number of classes",
+    ):
         UNet(**TINY)(*inputs(), torch.tensor([0, 1]))
 
 
@@ -249,9 +288,13 @@ def test_refuses_labels_where_none_were_promised():
 def test_error_names_a_width_that_works(wrong):
     """Whatever the message proposes in place of the width it blames is then accepted."""
     arguments = {**TINY, **wrong}
-    with pytest.raises(ValueError, match=r"(groups|heads)=\d+ does not divide widths\[\d\]=\d+: try \d+") as error:
+    with pytest.raises(
+        ValueError, match=r"(groups|heads)=\d+ does not divide widths\[\d\]=\d+: try \d+"
+    ) as error:
         UNet(**arguments)
-    index, better = (int(n) for n in re.search(r"widths\[(\d)\]=\d+: try (\d+)", str(error.value)).groups())
+    index, better = (
+        int(n) for n in re.search(r"widths\[(\d)\]=\d+: try (\d+)", str(error.value)).groups()
+    )
     widths = list(arguments["widths"])
     widths[index] = better
     UNet(**{**arguments, "widths": tuple(widths)})
@@ -279,9 +322,12 @@ def test_bfloat16_multiplies_and_float32_normalises(widths):
         rough = model(x, t)
     assert set(seen) == {torch.float32}  # in spite of inputs in bfloat16
     assert rough.dtype == torch.bfloat16
-    assert (rough - exact).norm() < 0.02 * exact.norm()  # 8 binary digits: each product is off by up to 0.4 %
+    # 8 binary digits: each product is off by up to 0.4 %
+    assert (rough - exact).norm() < 0.02 * exact.norm()
 
 
 def test_a_block_in_float64_stays_in_float64():
     block = ResBlock(8, 16, 4).double()
-    assert block(torch.randn(2, 8, 4, 4).double(), torch.randn(2, 4).double()).dtype == torch.float64
+    assert (
+        block(torch.randn(2, 8, 4, 4).double(), torch.randn(2, 4).double()).dtype == torch.float64
+    )

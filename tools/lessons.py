@@ -1,10 +1,11 @@
 """Execute, render, copy and export the lessons, and change the repository's address in them.
 
-python tools/lessons.py run [NN …]       lessons 01–05 or those named, executed into outputs/lessons/; --all: the whole series
-python tools/lessons.py render [NN …]    execute at full size into notebooks/ itself
-python tools/lessons.py copy FOLDER      unexecuted copies with every folded solution put in after its exercise
-python tools/lessons.py html FOLDER      static pages, on which every image has its alternative text
-python tools/lessons.py address URL      put another repository's address into pyproject.toml, README and lessons
+python tools/lessons.py run [NN …]       lessons 01–05 or those named, executed into
+outputs/lessons/; --all: the whole series python tools/lessons.py render [NN …]    execute at full
+size into notebooks/ itself python tools/lessons.py copy FOLDER      unexecuted copies with every
+folded solution put in after its exercise python tools/lessons.py html FOLDER      static pages, on
+which every image has its alternative text python tools/lessons.py address URL      put another
+repository's address into pyproject.toml, README and lessons
 """
 
 import argparse
@@ -21,11 +22,14 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-ASSETS = {"from_noise.gif": "lesson_05/first.gif"}  # what README shows, and which picture of a rendered lesson it is
-FIRST = ("01", "02", "03", "04", "05")  # what `run` executes unless told otherwise: a quarter of an hour on two cores
+# what README shows, and which picture of a rendered lesson it is
+ASSETS = {"from_noise.gif": "lesson_05/first.gif"}
+# what `run` executes unless told otherwise: a quarter of an hour on two cores
+FIRST = ("01", "02", "03", "04", "05")
 SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>.*?```python\n(.*?)```", re.DOTALL)
 
-# What the script and HTML exporters of nbconvert read. No version: it would change with every render.
+# What the script and HTML exporters of nbconvert read. No version: it would change with every
+# render.
 LANGUAGE = {
     "name": "python",
     "file_extension": ".py",
@@ -34,7 +38,8 @@ LANGUAGE = {
     "pygments_lexer": "ipython3",
 }
 
-# nbconvert's own `lab` template ignores the alternative text that an output carries in its metadata.
+# nbconvert's own `lab` template ignores the alternative text that an output carries in its
+# metadata.
 PAGE = """
 {%- extends "lab/index.html.j2" -%}
 {%- block data_png -%}
@@ -53,11 +58,17 @@ SETUP_ADDRESS = re.compile(r'(?m)^REPOSITORY = "https://github\.com/(.+)"$')
 
 
 def lessons(wanted=()) -> list[Path]:
-    """The lessons in order, or those whose number is in `wanted`. Raises SystemExit on a number that no lesson has."""
+    """The lessons in order, or those whose number is in `wanted`.
+
+    Raises SystemExit on a number that no lesson has.
+    """
     found = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     unknown = [number for number in wanted if number not in [path.name[:2] for path in found]]
     if unknown:
-        sys.exit(f"no lesson {', '.join(unknown)}: there are {', '.join(path.name[:2] for path in found)}")
+        sys.exit(
+            f"no lesson {', '.join(unknown)}: there are "
+            f"{', '.join(path.name[:2] for path in found)}"
+        )
     return [path for path in found if not wanted or path.name[:2] in wanted]
 
 
@@ -69,7 +80,10 @@ def forget_outputs(notebook) -> None:
 
 
 def execute(notebook, folder: Path, env: dict | None = None) -> float:
-    """Run every cell of `notebook` in a fresh kernel whose current folder is `folder`. Returns the seconds it took."""
+    """Run every cell of `notebook` in a fresh kernel whose current folder is `folder`.
+
+    Returns the seconds it took.
+    """
     forget_outputs(notebook)
     client = NotebookClient(
         notebook,
@@ -90,34 +104,44 @@ def clean(notebook) -> None:
     notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = LANGUAGE
     for cell in notebook.cells:
-        cell.metadata = nbformat.from_dict({key: value for key, value in cell.metadata.items() if key == "tags"})
+        cell.metadata = nbformat.from_dict(
+            {key: value for key, value in cell.metadata.items() if key == "tags"}
+        )
 
 
 def run(paths: list[Path], into: Path, alone: bool = False) -> None:
     """Execute each lesson and write the result to `into`, with one line a lesson.
 
-    `alone` hides the weights that lesson 04 left on this machine from the others, so that they show what a first reader sees.
+    `alone` hides the weights that lesson 04 left on this machine from the others, so that they show
+    what a first reader sees.
     """
     into.mkdir(parents=True, exist_ok=True)
     total = 0.0
     for path in paths:
         print(f"{path.stem} …", end=" ", flush=True)
         notebook = nbformat.read(path, as_version=4)
-        hidden = {"DDPM_CHECKPOINT_DIR": str(ROOT / "outputs" / "render")} if alone and path.name[:2] != "04" else {}
+        hidden = (
+            {"DDPM_CHECKPOINT_DIR": str(ROOT / "outputs" / "render")}
+            if alone and path.name[:2] != "04"
+            else {}
+        )
         seconds = execute(notebook, NOTEBOOKS, hidden)
         clean(notebook)
         nbformat.write(notebook, into / path.name)
         total += seconds
         print(f"{seconds:.0f} s", flush=True)
     print(
-        f"{len(paths)} lessons in {total / 60:.1f} min, peak memory {peak_memory():.2f} GiB; executed copies in {shown(into)}"
+        f"{len(paths)} lessons in {total / 60:.1f} min, peak memory {peak_memory():.2f} GiB; "
+        f"executed copies in {shown(into)}"
     )
     for gif in sorted((ROOT / "outputs").glob("lesson_*/*.gif")):
         print(f"  {shown(gif)}")
 
 
 def peak_memory() -> float:
-    """The largest memory that one of the kernels has held, in GiB; nan where the system does not tell."""
+    """The largest memory that one of the kernels has held, in GiB; nan where the system does not
+    tell.
+    """
     try:
         import resource
     except ImportError:  # Windows
@@ -131,13 +155,16 @@ def shown(path: Path) -> str:
 
 
 def with_solutions(notebook):
-    """Put a code cell with the folded solution, and the exercise's own check asserted, after each exercise's solution."""
+    """Put a code cell with the folded solution, and the exercise's own check asserted, after each
+    exercise's solution.
+    """
     cells, check = [], None
     for cell in notebook.cells:
         cells.append(cell)
         if cell.cell_type == "code":
             called = re.search(
-                r"^lesson_\d\d\.\w+\(.*\)\s*$", cell.source.strip().splitlines()[-1] if cell.source else ""
+                r"^lesson_\d\d\.\w+\(.*\)\s*$",
+                cell.source.strip().splitlines()[-1] if cell.source else "",
             )
             check = called.group(0) if called else check
         solution = SOLUTION.search(cell.source) if cell.cell_type == "markdown" else None
@@ -148,14 +175,19 @@ def with_solutions(notebook):
                 "print(verdict)",
                 "assert verdict.passed is True, verdict",
             ]
-            cells.append(nbformat.v4.new_code_cell("\n".join(lines), metadata={"tags": ["solution"]}))
+            cells.append(
+                nbformat.v4.new_code_cell("\n".join(lines), metadata={"tags": ["solution"]})
+            )
             check = None
     notebook.cells = cells
     return notebook
 
 
 def with_parameters(notebook, changes: dict):
-    """Replace values in the cell tagged `parameters`. Raises KeyError if a name is not assigned there."""
+    """Replace values in the cell tagged `parameters`.
+
+    Raises KeyError if a name is not assigned there.
+    """
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     for name, value in changes.items():
         cell.source, n = re.subn(rf"(?m)^{name} = [^#\n]*", f"{name} = {value!r}  ", cell.source)
@@ -165,7 +197,9 @@ def with_parameters(notebook, changes: dict):
 
 
 def copy(into: Path) -> None:
-    """Write the lessons with their solutions to `into`, emptied of older ones, ready to be executed by a test."""
+    """Write the lessons with their solutions to `into`, emptied of older ones, ready to be executed
+    by a test.
+    """
     into.mkdir(parents=True, exist_ok=True)
     for old in into.glob("*.ipynb"):
         old.unlink()
@@ -176,7 +210,9 @@ def copy(into: Path) -> None:
 
 
 def page_of(notebook) -> str:
-    """A lesson as a static page: each image with its alternative text, links to lessons as links to their pages."""
+    """A lesson as a static page: each image with its alternative text, links to lessons as links to
+    their pages.
+    """
     from nbconvert import HTMLExporter
 
     page, _ = HTMLExporter(raw_template=PAGE).from_notebook_node(notebook)
@@ -194,11 +230,15 @@ def export(into: Path) -> None:
 
 def repository() -> str:
     """The repository's address, from pyproject.toml."""
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"][
+        "Repository"
+    ]
 
 
 def in_address(name: str) -> re.Pattern:
-    """Matches whole addresses of the repository `name` (OWNER/NAME), not those of NAME-2 or NAME.io."""
+    """Matches whole addresses of the repository `name` (OWNER/NAME), not those of NAME-2 or
+    NAME.io.
+    """
     hosts = "|".join(map(re.escape, HOSTS))
     return re.compile(rf"({hosts}){re.escape(name)}(?![\w-]|\.(?!git\b)\w)")
 
@@ -209,12 +249,16 @@ def with_address(text: str, old: str, new: str) -> str:
     Raises SystemExit if `text` links to `new` already: a later change could not tell the two apart.
     """
     if old != new and in_address(new).search(text):
-        sys.exit(f"https://github.com/{new} is cited as another project: give the address of your own repository")
+        sys.exit(
+            f"https://github.com/{new} is cited as another project: give the address of your own "
+            "repository"
+        )
     return in_address(old).sub(lambda found: found[1] + new, text)
 
 
 def lesson_with_address(path: Path, old: str, new: str) -> str:
-    """The text of a lesson's file with another address in its setup and markdown cells; outputs stay as they are.
+    """The text of a lesson's file with another address in its setup and markdown cells; outputs
+    stay as they are.
 
     The setup cell says which address to replace: after a merge it may be another than `old`.
     """
@@ -230,17 +274,23 @@ def lesson_with_address(path: Path, old: str, new: str) -> str:
 
 
 def change_address(url: str) -> None:
-    """Put `url` into pyproject.toml, README.md and the lessons. Raises SystemExit unless it is an address on GitHub."""
+    """Put `url` into pyproject.toml, README.md and the lessons.
+
+    Raises SystemExit unless it is an address on GitHub.
+    """
     url = url.strip().removesuffix("/").removesuffix(".git")
     if not re.fullmatch(r"https://github\.com/[A-Za-z0-9_-]+/(?!\.+$)[A-Za-z0-9_.-]+", url):
         sys.exit(
-            f"REPO={url!r} is not the address of a GitHub repository: try make address REPO=https://github.com/you/name"
+            f"REPO={url!r} is not the address of a GitHub repository: try make address "
+            "REPO=https://github.com/you/name"
         )
     old, new = (address.removeprefix("https://github.com/") for address in (repository(), url))
     project, readme = ROOT / "pyproject.toml", ROOT / "README.md"
     texts = {path: lesson_with_address(path, old, new) for path in lessons()}
     texts[readme] = with_address(readme.read_text(encoding="utf-8"), old, new)
-    texts[project] = re.sub(r'(?m)^Repository = ".*"$', f'Repository = "{url}"', project.read_text(encoding="utf-8"))
+    texts[project] = re.sub(
+        r'(?m)^Repository = ".*"$', f'Repository = "{url}"', project.read_text(encoding="utf-8")
+    )
     for path, text in texts.items():  # only now, when every text is known to be fine
         if text != path.read_text(encoding="utf-8"):
             path.write_text(text, encoding="utf-8")
@@ -248,10 +298,14 @@ def change_address(url: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=["run", "render", "copy", "html", "address"])
     parser.add_argument("what", nargs="*", help="lesson numbers, a folder, or an address")
-    parser.add_argument("--all", action="store_true", help="run: the whole series, not lessons 01–05 alone")
+    parser.add_argument(
+        "--all", action="store_true", help="run: the whole series, not lessons 01–05 alone"
+    )
     asked = parser.parse_args()
     if asked.command == "run":
         run(lessons(asked.what or (() if asked.all else FIRST)), ROOT / "outputs" / "lessons")

@@ -7,7 +7,8 @@ import sys
 from packaging.requirements import Requirement
 
 LFS = b"version https://git-lfs"  # how the stand-in for a file begins that Git LFS has not fetched
-# What a lesson imports. Kept equal to requirements.txt by a test; JupyterLab is left to those who open lessons with it.
+# What a lesson imports. Kept equal to requirements.txt by a test; JupyterLab is left to those who
+# open lessons with it.
 FLOORS = (
     "torch>=2.11",
     "torchvision>=0.26",
@@ -33,9 +34,14 @@ def check_packages() -> list[str]:
         except importlib.metadata.PackageNotFoundError:
             version = None
         ok = version is not None and requirement.specifier.contains(version, prereleases=True)
-        print(f"  {'ok ' if ok else 'BAD'} {requirement.name:14}{version or 'missing':20}needs {requirement.specifier}")
+        print(
+            f"  {'ok ' if ok else 'BAD'} {requirement.name:14}{version or 'missing':20}needs "
+            f"{requirement.specifier}"
+        )
         if not ok:
-            problems.append(f"{requirement.name} is {version or 'missing'}: pip install '{requirement}'")
+            problems.append(
+                f"{requirement.name} is {version or 'missing'}: pip install '{requirement}'"
+            )
     return problems
 
 
@@ -48,9 +54,13 @@ def check_pair() -> list[str]:
     except importlib.metadata.PackageNotFoundError:
         return []  # missing packages have been named already
     for requirement in needed:
-        if requirement.name == "torch" and not requirement.specifier.contains(torch_version, prereleases=True):
+        if requirement.name == "torch" and not requirement.specifier.contains(
+            torch_version, prereleases=True
+        ):
             vision = importlib.metadata.version("torchvision")
-            return [f"torchvision {vision} wants {requirement}, but torch is {torch_version}: {cure}"]
+            return [
+                f"torchvision {vision} wants {requirement}, but torch is {torch_version}: {cure}"
+            ]
     try:
         import torchvision  # noqa: F401 — a pair of two builds fails here, with "operator torchvision::nms does not exist"
     except Exception as error:
@@ -62,12 +72,18 @@ def check_device() -> list[str]:
     """Print the device that lessons would take."""
     from .. import runtime
 
-    print(f"      {runtime.hardware(runtime.pick_device())}" + (", fast mode is on" if runtime.is_fast() else ""))
+    print(
+        f"      {runtime.hardware(runtime.pick_device())}"
+        + (", fast mode is on" if runtime.is_fast() else "")
+    )
     return []
 
 
 def check_folders() -> list[str]:
-    """Print where outputs, checkpoints and data lie; return what is wrong with these folders. Creates none of them."""
+    """Print where outputs, checkpoints and data lie; return what is wrong with these folders.
+
+    Creates none of them.
+    """
     from .. import runtime
 
     problems, named = [], runtime.data_dir_override()
@@ -87,12 +103,18 @@ def check_folders() -> list[str]:
 
 
 def check_data() -> list[str]:
-    """Print which data sets lie ready; a missing one is no problem, one that is there in part or damaged is."""
+    """Print which data sets lie ready; a missing one is no problem, one that is there in part or
+    damaged is.
+    """
     from .. import data, runtime
 
     problems, sets = [], ("fashion_mnist", "mnist")
     named, own = runtime.data_dir_override(), runtime.data_dir()
-    places = {"the data folder": own} if named is None else {"DDPM_DATA_DIR": named, "the data folder": own}
+    places = (
+        {"the data folder": own}
+        if named is None
+        else {"DDPM_DATA_DIR": named, "the data folder": own}
+    )
     nothing_named = named is not None and named.is_dir()
     for dataset in sets:
         state = "not on disk: a lesson downloads it, or falls back to scikit-learn's digits"
@@ -111,8 +133,12 @@ def check_data() -> list[str]:
             break
         print(f"      {data.TITLES[dataset]:14}{state}")
     if nothing_named:
-        wanted = " nor ".join(data.raw_folder(dataset, named).relative_to(named).as_posix() for dataset in sets)
-        problems.append(f"DDPM_DATA_DIR names {named}, which holds neither {wanted}: correct it or unset it")
+        wanted = " nor ".join(
+            data.raw_folder(dataset, named).relative_to(named).as_posix() for dataset in sets
+        )
+        problems.append(
+            f"DDPM_DATA_DIR names {named}, which holds neither {wanted}: correct it or unset it"
+        )
     return problems
 
 
@@ -120,10 +146,14 @@ def check_weights() -> list[str]:
     """Print which weights come with the package; return what is wrong with their files."""
     from .. import pretrained
 
-    stems = sorted({path.stem for end in ("pt", "json") for path in pretrained.FOLDER.glob(f"*.{end}")})
+    stems = sorted(
+        {path.stem for end in ("pt", "json") for path in pretrained.FOLDER.glob(f"*.{end}")}
+    )
     print(f"      {', '.join(stems) or 'none'}")
     if not stems:
-        return [f"no weights in {pretrained.FOLDER}: install the package or clone the repository again"]
+        return [
+            f"no weights in {pretrained.FOLDER}: install the package or clone the repository again"
+        ]
     return [problem for stem in stems for problem in _check_weight(stem)]
 
 
@@ -137,7 +167,9 @@ def _check_weight(stem: str) -> list[str]:
             return [f"{path.name} is missing in {path.parent}: {again}"]
         with path.open("rb") as file:
             if file.read(len(LFS)) == LFS:
-                return [f"{path.name} is a Git LFS pointer and not the file itself: run `git lfs pull`"]
+                return [
+                    f"{path.name} is a Git LFS pointer and not the file itself: run `git lfs pull`"
+                ]
     try:
         if stem.startswith(pretrained.CLASSIFIER):
             pretrained.load_classifier(stem.removeprefix(pretrained.CLASSIFIER))
@@ -150,12 +182,24 @@ def _check_weight(stem: str) -> list[str]:
 
 
 def run(options=None) -> int:
-    """Print the report; 0 if every lesson can run here, else 1. It works where torch itself is missing."""
+    """Print the report; 0 if every lesson can run here, else 1.
+
+    It works where torch itself is missing.
+    """
     print(f"Python {platform.python_version()} on {platform.system()}")
-    problems = [] if sys.version_info >= (3, 11) else [f"Python {platform.python_version()} is too old: 3.11 is needed"]
+    problems = (
+        []
+        if sys.version_info >= (3, 11)
+        else [f"Python {platform.python_version()} is too old: 3.11 is needed"]
+    )
     print("packages")
     problems += check_packages() + check_pair()
-    checks = {"device": check_device, "folders": check_folders, "data": check_data, "weights": check_weights}
+    checks = {
+        "device": check_device,
+        "folders": check_folders,
+        "data": check_data,
+        "weights": check_weights,
+    }
     for name, check in checks.items():
         print(name)
         try:
@@ -163,5 +207,9 @@ def run(options=None) -> int:
         except Exception as error:  # one line for each, and on to the next
             problems.append(f"{type(error).__name__}: {error}")
     problems = list(dict.fromkeys(problems))  # several checks may fail for one reason
-    print("\n".join(["", "To fix:", *(f"  {problem}" for problem in problems)]) if problems else "\nAll is well.")
+    print(
+        "\n".join(["", "To fix:", *(f"  {problem}" for problem in problems)])
+        if problems
+        else "\nAll is well."
+    )
     return 1 if problems else 0

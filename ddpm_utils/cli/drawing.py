@@ -1,4 +1,6 @@
-"""Weights by whatever name, and pictures drawn from them: what `train`, `sample` and `evaluate` share."""
+"""Weights by whatever name, and pictures drawn from them: what `train`, `sample` and `evaluate`
+share.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +18,20 @@ BATCH = 256  # pictures drawn at once; part of what a seed means
 
 
 def load_weights(what: str, device) -> tuple[nn.Module, TrainConfig]:
-    """The averaged network in eval mode and its config: shipped weights by name, a run's folder (its last.pt), a checkpoint.
+    """The averaged network in eval mode and its config: shipped weights by name, a run's folder
+    (its last.pt), a checkpoint.
 
-    Raises FileNotFoundError that lists the names there are; ValueError on a damaged or foreign file.
+    Raises FileNotFoundError that lists the names there are; ValueError on a damaged or foreign
+    file.
     """
     if what in pretrained.names():
         return pretrained.load(what, device)
     path = Path(what)
     if not path.exists():
         names = ", ".join(pretrained.names())
-        raise FileNotFoundError(f"no weights {what!r}: give a run's folder, a checkpoint, or one of {names}")
+        raise FileNotFoundError(
+            f"no weights {what!r}: give a run's folder, a checkpoint, or one of {names}"
+        )
     path = path / "last.pt" if path.is_dir() else path
     payload = checkpoints.read(path)
     cfg = config.from_dict(payload["config"])
@@ -37,7 +43,8 @@ def load_weights(what: str, device) -> tuple[nn.Module, TrainConfig]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How images are drawn: `n` of them by `sampler`, "ddim" or "dpm" in `steps` network calls, or "ddpm" in all T.
+    """How images are drawn: `n` of them by `sampler`, "ddim" or "dpm" in `steps` network calls, or
+    "ddpm" in all T.
 
     `variance` is that of the sampler ddpm.
     """
@@ -50,11 +57,18 @@ class Plan:
     clamp: bool = True  # of x0_hat to [−1, 1]; never done for a network whose images lie in [0, 1]
 
     def __str__(self):
-        return f"n {self.n:,}, {self.sampler}, {self.steps} network calls an image, seed {self.seed}"
+        return (
+            f"n {self.n:,}, {self.sampler}, {self.steps} network calls an image, seed {self.seed}"
+        )
 
 
-def plan(cfg: TrainConfig, n: int, sampler: str = "ddim", steps: int | None = None, seed: int = 0) -> Plan:
-    """A `Plan` that fits `cfg`. `steps`, if not given: 50 for ddim, 20 for dpm, T for ddpm. ValueError on what does not fit."""
+def plan(
+    cfg: TrainConfig, n: int, sampler: str = "ddim", steps: int | None = None, seed: int = 0
+) -> Plan:
+    """A `Plan` that fits `cfg`.
+
+    `steps`, if not given: 50 for ddim, 20 for dpm, T for ddpm. ValueError on what does not fit.
+    """
     every = cfg.timesteps
     if not 1 <= n <= 100_000:
         raise ValueError(f"n={n} is outside 1 … 100000")
@@ -63,7 +77,10 @@ def plan(cfg: TrainConfig, n: int, sampler: str = "ddim", steps: int | None = No
     if steps is None:
         steps = min(every, {"ddim": 50, "dpm": 20, "ddpm": every}[sampler])
     if sampler == "ddpm" and steps != every:
-        raise ValueError(f"steps={steps}: the sampler ddpm takes all {every} steps; leave --steps out, or take ddim")
+        raise ValueError(
+            f"steps={steps}: the sampler ddpm takes all {every} steps; leave --steps out, or take "
+            "ddim"
+        )
     if not 1 <= steps <= every:
         raise ValueError(f"steps={steps} is outside 1 … {every}, the steps of these weights")
     return Plan(n, sampler, steps, seed)
@@ -75,8 +92,11 @@ def times_of(cfg: TrainConfig, how: Plan) -> list[int]:
     return [*sampling.spaced_timesteps(make_schedule(**cfg.noise()), how.steps, spacing), -1]
 
 
-def draw(model: nn.Module, cfg: TrainConfig, how: Plan, device, wanted=()) -> tuple[Tensor, dict[int, Tensor]]:
-    """The images (n, C, H, W) in model range on the CPU, and {t: x_t} of the first batch at the wanted t.
+def draw(
+    model: nn.Module, cfg: TrainConfig, how: Plan, device, wanted=()
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The images (n, C, H, W) in model range on the CPU, and {t: x_t} of the first batch at the
+    wanted t.
 
     A network with labels draws them in turn: 0, 1, 2, … and again.
     """
@@ -85,9 +105,15 @@ def draw(model: nn.Module, cfg: TrainConfig, how: Plan, device, wanted=()) -> tu
     rng = torch.Generator(device=device).manual_seed(how.seed)
     batches = torch.arange(how.n).split(BATCH)
     samplers = {
-        "ddpm": lambda shape, y: sampling.ddpm_sample(denoise, schedule, shape, how.variance, rng, y),
-        "ddim": lambda shape, y: sampling.ddim_sample(denoise, schedule, shape, how.steps, 0.0, rng, y),
-        "dpm": lambda shape, y: sampling.dpm_solver_sample(denoise, schedule, shape, how.steps, rng, y),
+        "ddpm": lambda shape, y: sampling.ddpm_sample(
+            denoise, schedule, shape, how.variance, rng, y
+        ),
+        "ddim": lambda shape, y: sampling.ddim_sample(
+            denoise, schedule, shape, how.steps, 0.0, rng, y
+        ),
+        "dpm": lambda shape, y: sampling.dpm_solver_sample(
+            denoise, schedule, shape, how.steps, rng, y
+        ),
     }
     bar = tqdm(total=len(batches) * (how.steps + 1), desc="draw", unit="call", disable=None)
     wanted, kept, parts = set(wanted), {}, []

@@ -14,29 +14,44 @@ from . import drawing, flags
 
 
 def run(options: flags.Evaluate) -> int:
-    """Draw, measure, print. Raises FileNotFoundError if the data set is not to be had, ValueError on an n it cannot give."""
+    """Draw, measure, print.
+
+    Raises FileNotFoundError if the data set is not to be had, ValueError on an n it cannot give.
+    """
     with contextlib.redirect_stdout(sys.stderr):
         device = runtime.pick_device(options.device)
         model, cfg = drawing.load_weights(options.weights, device)
         if cfg.folder:
             raise ValueError(
-                f"these weights draw {cfg.dataset}: the metrics need a classifier, and a folder of images has no labels"
+                f"these weights draw {cfg.dataset}: the metrics need a classifier, and a folder "
+                "of images has no labels"
             )
         how = drawing.plan(cfg, options.n, options.sampler, options.steps, options.seed)
         train_set = data.load_images(cfg.dataset, image_size=cfg.image_size, pad=cfg.pad)
         test_set = data.load_images(cfg.dataset, "test", cfg.image_size, cfg.pad, say=False)
         if train_set.title != data.TITLES[cfg.dataset]:
             title = data.TITLES[cfg.dataset]
-            raise FileNotFoundError(f"these weights draw {title}, which is neither on disk nor to be downloaded")
+            raise FileNotFoundError(
+                f"these weights draw {title}, which is neither on disk nor to be downloaded"
+            )
         most = min(len(train_set), len(test_set))
         if not 20 <= how.n <= most:
-            raise ValueError(f"n={how.n} is outside 20 … {most}: the floor needs as many images of the test set")
+            raise ValueError(
+                f"n={how.n} is outside 20 … {most}: the floor needs as many images of the test set"
+            )
         classifier = pretrained.obtain_classifier(train_set, device)
         x, _ = drawing.draw(model, cfg, how, device)
-        reference, held_out = (features_of(classifier, part.images) for part in (train_set, test_set))
+        reference, held_out = (
+            features_of(classifier, part.images) for part in (train_set, test_set)
+        )
         report = evaluation.compare(classifier, to_image_range(x), reference, held_out, how.seed)
     if options.json:
-        about = {"weights": options.weights, "sampler": how.sampler, "steps": how.steps, "seed": how.seed}
+        about = {
+            "weights": options.weights,
+            "sampler": how.sampler,
+            "steps": how.steps,
+            "seed": how.seed,
+        }
         print(json.dumps({**about, **report.to_dict(), "config": cfg.to_dict()}, indent=2))
     else:
         print(f"{options.weights}: {how}\n{report}")
@@ -44,6 +59,8 @@ def run(options: flags.Evaluate) -> int:
 
 
 def features_of(classifier: evaluation.Classifier, images: Tensor) -> Tensor:
-    """`evaluation.extract_features`, with a progress bar: the 60,000 of a training set take a CPU a minute."""
+    """`evaluation.extract_features`, with a progress bar: the 60,000 of a training set take a CPU a
+    minute.
+    """
     parts = tqdm(images.split(2000), desc="features", disable=None)
     return torch.cat([evaluation.extract_features(classifier, part) for part in parts])

@@ -1,6 +1,8 @@
-"""The command line's flags: those of `train` are the fields of `TrainConfig`, explained by the comments beside them.
+"""The command line's flags: those of `train` are the fields of `TrainConfig`, explained by the
+comments beside them.
 
-Tyro makes the parser of these classes: it takes comments as help, underscores as hyphens, and imports in a tenth of a second.
+Tyro makes the parser of these classes: it takes comments as help, underscores as hyphens, and
+imports in a tenth of a second.
 """
 
 import dataclasses
@@ -19,7 +21,9 @@ PROGRAM = "python -m ddpm_utils"
 
 def optional(kind, metavar: str, default: str):
     """The type of a flag that may be left out; `default` says what happens then."""
-    return Annotated[kind | None, tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")]
+    return Annotated[
+        kind | None, tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+    ]
 
 
 RecipeFlag = optional(Literal[tuple(RECIPES)], "{" + ",".join(RECIPES) + "}", "none")
@@ -30,7 +34,10 @@ StepsFlag = optional(int, "INT", "50 for ddim, 20 for dpm, T for ddpm")
 
 @dataclass(frozen=True)
 class Fields(TrainConfig):
-    """Fields as they were typed. Whether they fit together is known once the recipe, or the run to resume, is."""
+    """Fields as they were typed.
+
+    Whether they fit together is known once the recipe, or the run to resume, is.
+    """
 
     def __post_init__(self):
         pass
@@ -40,30 +47,39 @@ class Fields(TrainConfig):
 class Train:
     """Train a network into a folder, or resume a run that was stopped.
 
-    The folder gets config.json, last.pt, best.pt (lowest loss on held-out images), loss.csv and samples.png. Ctrl-C stops
-    between two steps; --resume continues exactly. Under torchrun, every process takes its share of each batch.
+    The folder gets config.json, last.pt, best.pt (lowest loss on held-out images), loss.csv and
+    samples.png. Ctrl-C stops between two steps; --resume continues exactly. Under torchrun, every
+    process takes its share of each batch.
     """
 
     out: optional(Path, "FOLDER", "outputs/runs/NAME-OF-THE-CONFIG") = None  # the run's folder
-    resume: bool = False  # continue the run in the folder, with its own config; --epochs makes it longer
+    # continue the run in the folder, with its own config; --epochs makes it longer
+    resume: bool = False
     recipe: RecipeFlag = None  # train as this source tutorial does; other flags change what it says
     device: DeviceFlag = None  # "cpu", "cuda", "cuda:1" or "mps"
     tensorboard: bool = False  # log for TensorBoard as well, if that is installed
     fields: Annotated[Fields, tyro.conf.arg(name="")] = Fields()
-    given: Annotated[dict, tyro.conf.Suppress] = field(default_factory=dict)  # the fields that were named
+    # the fields that were named
+    given: Annotated[dict, tyro.conf.Suppress] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw images from trained weights: grid.png, strip.png (the first images on their way), samples.gif, samples.json."""
+    """Draw images from trained weights: grid.png, strip.png (the first images on their way),
+    samples.gif, samples.json.
+    """
 
-    weights: optional(str, "WHAT", "fashion_mnist") = None  # name of shipped weights, a run's folder or a checkpoint
+    # name of shipped weights, a run's folder or a checkpoint
+    weights: optional(str, "WHAT", "fashion_mnist") = None
     n: optional(int, "INT", "64, or what the recipe shows") = None  # images, 1 … 100000
     seed: int = 0  # of the noise, 0 … 4294967295
-    sampler: optional(Sampler, "{ddim,dpm,ddpm}", "ddim") = None  # DDIM, DPM-Solver++ 2M, or ancestral sampling
+    # DDIM, DPM-Solver++ 2M, or ancestral sampling
+    sampler: optional(Sampler, "{ddim,dpm,ddpm}", "ddim") = None
     steps: StepsFlag = None  # network calls per image, 1 … T
-    recipe: RecipeFlag = None  # draw what this source tutorial shows, from weights trained by its recipe
-    out: optional(Path, "FOLDER", "outputs/samples/NAME-OF-THE-WEIGHTS") = None  # where the files go
+    # draw what this source tutorial shows, from weights trained by its recipe
+    recipe: RecipeFlag = None
+    # where the files go
+    out: optional(Path, "FOLDER", "outputs/samples/NAME-OF-THE-WEIGHTS") = None
     device: DeviceFlag = None  # "cpu", "cuda", "cuda:1" or "mps"
 
 
@@ -71,11 +87,12 @@ class Sample:
 class Evaluate:
     """Measure images drawn from trained weights against real ones.
 
-    Every distance stands beside its floor: what real test images get at the same n. The table goes to stdout, all else to
-    stderr.
+    Every distance stands beside its floor: what real test images get at the same n. The table goes
+    to stdout, all else to stderr.
     """
 
-    weights: str = "fashion_mnist"  # name of shipped weights, a run's folder (its last.pt) or a checkpoint
+    # name of shipped weights, a run's folder (its last.pt) or a checkpoint
+    weights: str = "fashion_mnist"
     n: int = 1000  # images, 20 … the size of the test set
     seed: int = 0  # of the noise, 0 … 4294967295
     sampler: Sampler = "ddim"  # DDIM, DPM-Solver++ 2M, or ancestral sampling
@@ -93,15 +110,34 @@ COMMANDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "doctor": Do
 
 
 def parse(words: list[str] | None = None) -> Train | Sample | Evaluate | Doctor:
-    """Read the command line (`sys.argv` if None). Exits with 0 after --help, with 2 after a message on stderr."""
+    """Read the command line (`sys.argv` if None).
+
+    Exits with 0 after --help, with 2 after a message on stderr.
+    """
     words = sys.argv[1:] if words is None else words
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
     if not words or words[0] not in COMMANDS:  # which ends in help or in an error
         about = "Train, sample and measure diffusion models from a shell."
-        return tyro.cli(Train | Sample | Evaluate | Doctor, args=words, prog=PROGRAM, description=about, config=config)
-    command = tyro.cli(COMMANDS[words[0]], args=words[1:], prog=f"{PROGRAM} {words[0]}", config=config)
+        return tyro.cli(
+            Train | Sample | Evaluate | Doctor,
+            args=words,
+            prog=PROGRAM,
+            description=about,
+            config=config,
+        )
+    command = tyro.cli(
+        COMMANDS[words[0]], args=words[1:], prog=f"{PROGRAM} {words[0]}", config=config
+    )
     if isinstance(command, Train):
-        named = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
-        values = {field.name: getattr(command.fields, field.name) for field in dataclasses.fields(Fields)}
-        command = dataclasses.replace(command, given={name: values[name] for name in values if name in named})
+        named = {
+            word.split("=")[0].removeprefix("--").replace("-", "_")
+            for word in words
+            if word.startswith("--")
+        }
+        values = {
+            field.name: getattr(command.fields, field.name) for field in dataclasses.fields(Fields)
+        }
+        command = dataclasses.replace(
+            command, given={name: values[name] for name in values if name in named}
+        )
     return command

@@ -1,4 +1,6 @@
-"""`sample`: images from trained weights, as a grid, as a strip that shows how they come about, and as a GIF."""
+"""`sample`: images from trained weights, as a grid, as a strip that shows how they come about, and
+as a GIF.
+"""
 
 import dataclasses
 import itertools
@@ -23,7 +25,10 @@ FRAMES, FILMED, MS = 60, 64, 80  # of the GIF: frames and pictures, at most; mil
 
 @dataclass(frozen=True)
 class Views:
-    """What is shown of the pictures. Strip and film are lists of times, −1 for the finished ones; an empty one: there is none."""
+    """What is shown of the pictures.
+
+    Strip and film are lists of times, −1 for the finished ones; an empty one: there is none.
+    """
 
     columns: int | None  # of the grid; None: a square
     strip: list[int]
@@ -34,9 +39,14 @@ class Views:
 
 
 def run(options: flags.Sample) -> int:
-    """Draw, and write the files. Raises FileNotFoundError and ValueError before anything is drawn or written."""
+    """Draw, and write the files.
+
+    Raises FileNotFoundError and ValueError before anything is drawn or written.
+    """
     device = runtime.pick_device(options.device)
-    weights = options.weights or (default_run(options.recipe) if options.recipe else "fashion_mnist")
+    weights = options.weights or (
+        default_run(options.recipe) if options.recipe else "fashion_mnist"
+    )
     model, cfg = drawing.load_weights(weights, device)
     how, views = (of_recipe if options.recipe else usual)(options, cfg)
     about = {
@@ -54,15 +64,23 @@ def run(options: flags.Sample) -> int:
 
 
 def name_of(weights: str) -> str:
-    """The name of shipped weights, of a run's folder, or of both a folder and the checkpoint in it, such as `my_run-best`."""
+    """The name of shipped weights, of a run's folder, or of both a folder and the checkpoint in it,
+    such as `my_run-best`.
+    """
     path = Path(weights).resolve()
     return (
-        weights if weights in pretrained.names() else f"{path.parent.name}-{path.stem}" if path.is_file() else path.name
+        weights
+        if weights in pretrained.names()
+        else f"{path.parent.name}-{path.stem}"
+        if path.is_file()
+        else path.name
     )
 
 
 def free_folder(name: str, about: dict) -> Path:
-    """`outputs/samples/NAME`, or with a number behind it where files with another origin than `about` are there already."""
+    """`outputs/samples/NAME`, or with a number behind it where files with another origin than
+    `about` are there already.
+    """
     for number in itertools.count(1):
         folder = runtime.output_path("samples", name if number == 1 else f"{name}-{number}")
         try:
@@ -74,13 +92,17 @@ def free_folder(name: str, about: dict) -> Path:
 
 
 def default_run(name: str) -> str:
-    """Where `train --recipe name` leaves its run if no other flag is given. Raises FileNotFoundError if there is none."""
+    """Where `train --recipe name` leaves its run if no other flag is given.
+
+    Raises FileNotFoundError if there is none.
+    """
     cfg = config.for_this_run(TrainConfig(**RECIPES[name].config))
     folder = runtime.output_dir("runs") / cfg.run_name()
     if not (folder / "last.pt").is_file():
         where = runtime.short_path(folder.parent)
         raise FileNotFoundError(
-            f"no run of the recipe {name!r} as it stands in {where}: name a run's folder with --weights"
+            f"no run of the recipe {name!r} as it stands in {where}: name a run's folder with "
+            "--weights"
         )
     return str(folder)
 
@@ -94,33 +116,48 @@ def usual(options: flags.Sample, cfg: TrainConfig) -> tuple[drawing.Plan, Views]
 
 
 def of_recipe(options: flags.Sample, cfg: TrainConfig) -> tuple[drawing.Plan, Views]:
-    """What the source of a recipe shows. Raises ValueError if another sampler or number of steps is asked for."""
+    """What the source of a recipe shows.
+
+    Raises ValueError if another sampler or number of steps is asked for.
+    """
     if options.sampler or options.steps:
         raise ValueError(
-            f"the recipe {options.recipe!r} has its own sampler, in all steps: leave --sampler and --steps out"
+            f"the recipe {options.recipe!r} has its own sampler, in all steps: leave --sampler "
+            "and --steps out"
         )
     recipe, every = RECIPES[options.recipe], cfg.timesteps
     n = recipe.pictures if options.n is None else options.n
-    how = dataclasses.replace(drawing.plan(cfg, n, "ddpm", None, options.seed), variance=recipe.variance, clamp=False)
+    how = dataclasses.replace(
+        drawing.plan(cfg, n, "ddpm", None, options.seed), variance=recipe.variance, clamp=False
+    )
     strip = [t * every // 1000 for t in recipe.strip]  # the same shares of the way if T is not 1000
     film = plots.frame_times(every, recipe.frames) if recipe.frames else []
-    return how, Views(recipe.columns, strip, n, film, recipe.filmed, MS * max(1, recipe.frames // 3))
+    return how, Views(
+        recipe.columns, strip, n, film, recipe.filmed, MS * max(1, recipe.frames // 3)
+    )
 
 
 def spread(times: list[int], n: int) -> list[int]:
     """At most n of `times`, evenly spread, the first and the last among them."""
-    return [times[i] for i in torch.linspace(0, len(times) - 1, min(n, len(times))).round().long().tolist()]
+    return [
+        times[i]
+        for i in torch.linspace(0, len(times) - 1, min(n, len(times))).round().long().tolist()
+    ]
 
 
 def write(folder: Path, x: Tensor, states: dict[int, Tensor], views: Views) -> list[str]:
-    """`grid.png` of all pictures x, pixel by pixel; `strip.png`, `samples.gif` of states {t: (N, C, H, W)}. Returns the names."""
+    """`grid.png` of all pictures x, pixel by pixel; `strip.png`, `samples.gif` of states {t: (N, C,
+    H, W)}. Returns the names.
+    """
     iio.imwrite(folder / "grid.png", plots.tile(x, views.columns))
     names = ["grid.png"]
     if views.strip:
         n = min(len(states[views.strip[0]]), views.rows)
         rows = {f"no. {i + 1}": torch.stack([states[t][i] for t in views.strip]) for i in range(n)}
         figure = plots.strip(rows, [f"t = {t}" if t >= 0 else "done" for t in views.strip])
-        (folder / "strip.png").write_bytes(plots.show(figure, "Noise turns into pictures from left to right").data)
+        (folder / "strip.png").write_bytes(
+            plots.show(figure, "Noise turns into pictures from left to right").data
+        )
         names.append("strip.png")
     if views.film:
         frames = [states[t][: views.filmed] for t in views.film]

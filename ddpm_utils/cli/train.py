@@ -1,4 +1,6 @@
-"""`train`: a run in a folder of its own, from its first step or from where it was stopped, in one process or under torchrun."""
+"""`train`: a run in a folder of its own, from its first step or from where it was stopped, in one
+process or under torchrun.
+"""
 
 import contextlib
 import io
@@ -15,18 +17,34 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from .. import checkpoints, config, data, distributed, folders, plots, pretrained, recipes, runs, runtime, training
+from .. import (
+    checkpoints,
+    config,
+    data,
+    distributed,
+    folders,
+    plots,
+    pretrained,
+    recipes,
+    runs,
+    runtime,
+    training,
+)
 from ..config import TrainConfig
 from . import drawing, flags
 from .losslog import LossLog
 
-FEW_STEPS, DEFAULT_STEPS = 500, 2812  # below the first, say so; the default run on Fashion-MNIST makes the second
+# below the first, say so; the default run on Fashion-MNIST makes the second
+FEW_STEPS, DEFAULT_STEPS = 500, 2812
 HELD_OUT = 512  # test images on which the loss is measured
 SAMPLES = 64  # pictures in samples.png
 
 
 def run(options: flags.Train) -> int:
-    """Train, and fill the run's folder. Returns 0, or 130 if the run was stopped; raises on bad input and failed runs."""
+    """Train, and fill the run's folder.
+
+    Returns 0, or 130 if the run was stopped; raises on bad input and failed runs.
+    """
     writer = summary_writer() if options.tensorboard else None
     with distributed.group(options.device) as device, contextlib.ExitStack() as stack:
         if distributed.rank() > 0:
@@ -36,9 +54,19 @@ def run(options: flags.Train) -> int:
         distributed.first_process_only(lambda: stack.enter_context(claim(folder, options.resume)))
         begin(state, folder, train_set, options.resume)
         labels = train_set.labels if cfg.num_classes else None
-        run_loop(state, folder, train_set.images, test_set.images[: runtime.shrink(HELD_OUT, 8)], labels, writer)
+        run_loop(
+            state,
+            folder,
+            train_set.images,
+            test_set.images[: runtime.shrink(HELD_OUT, 8)],
+            labels,
+            writer,
+        )
         if state.stopped:
-            print(f"stopped at step {state.step:,}; to go on: {resume_command(folder)}", file=sys.stderr)
+            print(
+                f"stopped at step {state.step:,}; to go on: {resume_command(folder)}",
+                file=sys.stderr,
+            )
             return 130
         if distributed.rank() == 0:
             how = drawing.plan(cfg, runtime.shrink(SAMPLES, 4), seed=cfg.seed)
@@ -51,16 +79,21 @@ def run(options: flags.Train) -> int:
 def prepare(options: flags.Train, device) -> tuple[TrainConfig, Path, data.ImageSet, data.ImageSet]:
     """Config, folder, training and test images of the run that the flags ask for. Writes nothing.
 
-    Flags go before the recipe, that before presets, and a resumed run's own config before all: a flag that contradicts it is
-    refused.
+    Flags go before the recipe, that before presets, and a resumed run's own config before all: a
+    flag that contradicts it is refused.
     """
     chosen, resumed = dict(options.given), options.resume and options.out is not None
     if options.recipe:
         chosen = recipes.fields(options.recipe, **chosen)
-    if "dataset" in chosen and chosen["dataset"] not in config.DATASETS and TrainConfig(**chosen).folder:
+    if (
+        "dataset" in chosen
+        and chosen["dataset"] not in config.DATASETS
+        and TrainConfig(**chosen).folder
+    ):
         # Stored as what it means here, so that a run can be resumed from anywhere.
         chosen["dataset"] = os.path.abspath(Path(chosen["dataset"]).expanduser())
-    preset_of = "cpu" if options.recipe else device  # which has no preset: a recipe is the same on all hardware
+    # which has no preset: a recipe is the same on all hardware
+    preset_of = "cpu" if options.recipe else device
     if options.out is not None and not options.resume:
         refuse_taken(options.out)
     if resumed:
@@ -72,12 +105,17 @@ def prepare(options: flags.Train, device) -> tuple[TrainConfig, Path, data.Image
     found = cfg.dataset if cfg.folder else titles[train_set.title]
     if found != cfg.dataset and resumed:
         title = data.TITLES[cfg.dataset]
-        raise FileNotFoundError(f"{options.out} learns from {title}, which is neither on disk nor to be downloaded")
+        raise FileNotFoundError(
+            f"{options.out} learns from {title}, which is neither on disk nor to be downloaded"
+        )
     if not resumed:  # now that it is known what there is, and how much
         cfg = planned_config(chosen, found, preset_of, len(train_set))
     folder = options.out or runtime.output_dir("runs") / cfg.run_name()
     if cfg.folder and folder.resolve() == cfg.folder.resolve():
-        raise ValueError(f"{folder} holds your images, and a run's folder is no folder of images: choose another --out")
+        raise ValueError(
+            f"{folder} holds your images, and a run's folder is no folder of images: choose "
+            "another --out"
+        )
     if options.resume and not resumed:
         saved_config(folder)
     if not options.resume:
@@ -85,7 +123,8 @@ def prepare(options: flags.Train, device) -> tuple[TrainConfig, Path, data.Image
     classes = len(train_set.classes)
     if cfg.num_classes not in (0, classes):
         raise ValueError(
-            f"num_classes={cfg.num_classes}, but {train_set.title} has {classes}: give that, or 0 for none"
+            f"num_classes={cfg.num_classes}, but {train_set.title} has {classes}: give that, or 0 "
+            "for none"
         )
     return cfg, folder, train_set, test_set
 
@@ -96,7 +135,10 @@ def planned_config(
     device,
     n_images: int = config.FULL_SET,
 ) -> TrainConfig:
-    """The fields `chosen` on top of what suits device and number of images, shrunk in fast mode. ValueError on a bad field."""
+    """The fields `chosen` on top of what suits device and number of images, shrunk in fast mode.
+
+    ValueError on a bad field.
+    """
     preset = config.preset_for(torch.device(device).type, n_images, runtime.capability(device))
     return config.for_this_run(TrainConfig(**(preset | chosen | {"dataset": dataset})))
 
@@ -110,36 +152,46 @@ def refuse_taken(folder: Path) -> None:
     """Raise ValueError if `folder` holds a run, which a new one would overwrite."""
     if (folder / "last.pt").exists():
         raise ValueError(
-            f"{folder} holds a run already. To go on with it: {resume_command(folder)}; or choose another --out"
+            f"{folder} holds a run already. To go on with it: {resume_command(folder)}; or choose "
+            "another --out"
         )
 
 
 def saved_config(folder: Path) -> TrainConfig:
-    """The config of the run in `folder`, from last.pt, or from config.json if the run had not come so far.
+    """The config of the run in `folder`, from last.pt, or from config.json if the run had not come
+    so far.
 
     Raises FileNotFoundError if there is no run, ValueError if a file is damaged or the two differ.
     """
     last, written = folder / "last.pt", folder / "config.json"
     if not last.is_file() and not written.is_file():
-        raise FileNotFoundError(f"no run to resume in {folder}: it has neither last.pt nor config.json")
+        raise FileNotFoundError(
+            f"no run to resume in {folder}: it has neither last.pt nor config.json"
+        )
     cfg = config.from_dict(checkpoints.read(last)["config"]) if last.is_file() else None
     if not written.is_file():
         return cfg
     try:
         values = json.loads(written.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{written} is no JSON ({error}): write it anew, or delete it if last.pt is there") from error
+        raise ValueError(
+            f"{written} is no JSON ({error}): write it anew, or delete it if last.pt is there"
+        ) from error
     noted = from_json(values, written)
     differing = [] if cfg is None else noted.contradictions(cfg)
     if differing:
         raise ValueError(
-            f"{written} was changed since last.pt was written ({'; '.join(differing)}): a resumed run keeps its config"
+            f"{written} was changed since last.pt was written ({'; '.join(differing)}): a resumed "
+            "run keeps its config"
         )
     return noted
 
 
 def from_json(values, path: Path) -> TrainConfig:
-    """The config in the JSON file at `path`, whose content is `values`. Raises ValueError that names the file."""
+    """The config in the JSON file at `path`, whose content is `values`.
+
+    Raises ValueError that names the file.
+    """
     try:
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}, expected an object of fields")
@@ -149,7 +201,8 @@ def from_json(values, path: Path) -> TrainConfig:
 
 
 def resumed_config(cfg: TrainConfig, chosen: dict, folder: Path) -> TrainConfig:
-    """The config `cfg` of the run in `folder`, with the flags that may change: `epochs`, and where the images lie.
+    """The config `cfg` of the run in `folder`, with the flags that may change: `epochs`, and where
+    the images lie.
 
     Raises ValueError if another flag asks for another value than the run has.
     """
@@ -157,15 +210,24 @@ def resumed_config(cfg: TrainConfig, chosen: dict, folder: Path) -> TrainConfig:
     differing = [text for text in wanted.contradictions(cfg) if text.split(":")[0] in chosen]
     if differing:
         raise ValueError(
-            f"a resumed run keeps its config; your flags against {folder}: {'; '.join(differing)}. Leave these flags out"
+            f"a resumed run keeps its config; your flags against {folder}: "
+            f"{'; '.join(differing)}. Leave these flags out"
         )
-    return cfg.replace(**{name: getattr(wanted, name) for name in ("epochs", "dataset") if name in chosen})
+    return cfg.replace(
+        **{name: getattr(wanted, name) for name in ("epochs", "dataset") if name in chosen}
+    )
 
 
 def load(cfg: TrainConfig, device) -> tuple[data.ImageSet, data.ImageSet]:
-    """Training and test images. On each machine one process goes first, so that no two download into the same folder."""
+    """Training and test images.
+
+    On each machine one process goes first, so that no two download into the same folder.
+    """
     first = not distributed.world() > 1 or dist.get_node_local_rank(0) == 0
-    form, bar = (cfg.image_size, cfg.channels, cfg.pad), tqdm(desc="read", unit="file", disable=None, leave=False)
+    form, bar = (
+        (cfg.image_size, cfg.channels, cfg.pad),
+        tqdm(desc="read", unit="file", disable=None, leave=False),
+    )
 
     def tell(done: int, total: int) -> None:
         bar.total = total
@@ -173,7 +235,9 @@ def load(cfg: TrainConfig, device) -> tuple[data.ImageSet, data.ImageSet]:
 
     for turn in (True, False):
         if first == turn and cfg.folder:
-            train_set, test_set = folders.train_and_test(cfg.folder, *form, device=device, progress=tell)
+            train_set, test_set = folders.train_and_test(
+                cfg.folder, *form, device=device, progress=tell
+            )
         elif first == turn:
             train_set = data.load_images(cfg.dataset, image_size=cfg.image_size, pad=cfg.pad)
             test_set = data.load_images(cfg.dataset, "test", cfg.image_size, cfg.pad, say=False)
@@ -184,7 +248,10 @@ def load(cfg: TrainConfig, device) -> tuple[data.ImageSet, data.ImageSet]:
 
 @contextlib.contextmanager
 def claim(folder: Path, resume: bool):
-    """Inside, no other process writes to `folder`. Raises ValueError if one does, or if a run is there and `resume` is False."""
+    """Inside, no other process writes to `folder`.
+
+    Raises ValueError if one does, or if a run is there and `resume` is False.
+    """
     with checkpoints.claim(folder):
         if not resume:
             refuse_taken(folder)  # another run may have ended there since this one looked
@@ -195,7 +262,8 @@ def build(cfg: TrainConfig, train_set: data.ImageSet, device) -> training.TrainS
     """The state before the first step. Raises ValueError if network and images do not fit."""
     runtime.seed_everything(cfg.seed)
     state = training.TrainState(cfg, pretrained.build(cfg), device)
-    with torch.no_grad():  # a picture of the wrong size or colour is told before anything is written
+    # a picture of the wrong size or colour is told before anything is written
+    with torch.no_grad():
         x = torch.zeros(1, *train_set.images.shape[1:], device=device)
         y = torch.zeros(1, dtype=torch.long, device=device) if cfg.num_classes else None
         state.ema.model(x, torch.zeros(1, dtype=torch.long, device=device), y)
@@ -203,9 +271,11 @@ def build(cfg: TrainConfig, train_set: data.ImageSet, device) -> training.TrainS
 
 
 def begin(state: training.TrainState, folder: Path, train_set: data.ImageSet, resume: bool) -> None:
-    """Put `state` where the run in `folder` was, if it is resumed; write config.json; say what is going to happen.
+    """Put `state` where the run in `folder` was, if it is resumed; write config.json; say what is
+    going to happen.
 
-    Raises ValueError if the run has made more steps than its config, or the flag --epochs, asks for.
+    Raises ValueError if the run has made more steps than its config, or the flag --epochs, asks
+    for.
     """
     cfg = state.cfg
     if resume and (folder / "last.pt").is_file():
@@ -217,38 +287,53 @@ def begin(state: training.TrainState, folder: Path, train_set: data.ImageSet, re
     if made > total:
         passes = made * cfg.batch_size / len(train_set)
         raise ValueError(
-            f"epochs={cfg.epochs:g} is {total:,} steps, and this run has made {made:,}: give more than {passes:.3g}"
+            f"epochs={cfg.epochs:g} is {total:,} steps, and this run has made {made:,}: give more "
+            f"than {passes:.3g}"
         )
     if distributed.rank() == 0:
         temporary = folder / ".config.json.part"
         temporary.write_text(json.dumps(cfg.to_dict(), indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder / "config.json")
     size = sum(weights.numel() for weights in state.model.parameters())
-    where = runtime.hardware(state.device) + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
+    where = runtime.hardware(state.device) + (
+        f", {distributed.world()} processes" if distributed.world() > 1 else ""
+    )
     print(
         f"train: {cfg.model}, {size:,} parameters, {total:,} steps of {cfg.batch_size} images "
         f"({cfg.epochs:.3g} passes over {len(train_set):,} images), {where}"
     )
     if total < FEW_STEPS and not runtime.is_fast():
         enough = math.ceil(DEFAULT_STEPS * cfg.batch_size / len(train_set))
-        print(f"train: {total:,} steps are few for a network to learn from; --epochs {enough} makes {DEFAULT_STEPS:,}")
+        print(
+            f"train: {total:,} steps are few for a network to learn from; --epochs {enough} makes "
+            f"{DEFAULT_STEPS:,}"
+        )
     if made == total:
         print(
-            f"train: all {total:,} steps are made; to make the run longer, add --epochs N with N above {cfg.epochs:g}"
+            f"train: all {total:,} steps are made; to make the run longer, add --epochs N with N "
+            f"above {cfg.epochs:g}"
         )
     elif made:
         print(f"train: goes on from step {made:,}")
 
 
-def run_loop(state: training.TrainState, folder: Path, images, held_out, labels, writer=None) -> None:
-    """Train to the end or the stop, logging in process 0. If the last save fails, the state is saved elsewhere and it is said."""
+def run_loop(
+    state: training.TrainState, folder: Path, images, held_out, labels, writer=None
+) -> None:
+    """Train to the end or the stop, logging in process 0.
+
+    If the last save fails, the state is saved elsewhere and it is said.
+    """
     chief, first = distributed.rank() == 0, state.step
     total = state.cfg.steps(len(images))
     every = math.ceil(total / 10)
     log = LossLog(folder / "loss.csv", first) if chief else None
     board = writer(folder / "tensorboard", purge_step=first + 1) if chief and writer else None
-    bar = tqdm(total=total, initial=first, desc="train", unit="step", disable=None if chief else True)
-    often = 1 if state.device.type == "cpu" else training.READ_EVERY  # reading a loss makes a GPU's host wait for it
+    bar = tqdm(
+        total=total, initial=first, desc="train", unit="step", disable=None if chief else True
+    )
+    # reading a loss makes a GPU's host wait for it
+    often = 1 if state.device.type == "cpu" else training.READ_EVERY
     fresh, words, forecast = [], "", runs.Forecast(state.cfg, len(images))
     try:
         for record in runs.train(state, images, held_out, folder, every, labels):
@@ -266,8 +351,14 @@ def run_loop(state: training.TrainState, folder: Path, images, held_out, labels,
             bar.update()
             if record.held_out is not None:
                 seconds = (total - record.step) * state.cfg.batch_size / record.images_per_second
-                left, so_far = tqdm.format_interval(seconds), f"{record.step:,}".rjust(len(f"{total:,}"))
-                note = f"step {so_far}/{total:,}  {words}  held-out loss {record.held_out:.4f}  {left} left"
+                left, so_far = (
+                    tqdm.format_interval(seconds),
+                    f"{record.step:,}".rjust(len(f"{total:,}")),
+                )
+                note = (
+                    f"step {so_far}/{total:,}  {words}  held-out loss {record.held_out:.4f}  "
+                    f"{left} left"
+                )
                 bar.write(note, file=sys.stderr)
     except checkpoints.NotSaved as error:
         if state.step == first:
@@ -285,7 +376,12 @@ def write_rows(fresh: list[runs.StepRecord], log: LossLog, board) -> None:
     """Log the records in `fresh` and forget them."""
     log.add(fresh)
     for r, loss in zip(fresh, runs.losses(fresh), strict=True) if board else ():
-        values = {"loss": loss, "lr": r.lr, "images_per_second": r.images_per_second, "held_out": r.held_out}
+        values = {
+            "loss": loss,
+            "lr": r.lr,
+            "images_per_second": r.images_per_second,
+            "held_out": r.held_out,
+        }
         for name, value in values.items():
             if value is not None:
                 board.add_scalar(name, value, r.step)
@@ -298,11 +394,12 @@ def save_elsewhere(state: training.TrainState, folder: Path, error: checkpoints.
         path = checkpoints.save(Path(tempfile.mkdtemp(prefix="ddpm_run_")) / "last.pt", state)
     except OSError:
         raise checkpoints.NotSaved(
-            f"neither {folder} nor {tempfile.gettempdir()} takes the run's state at step {state.step}: {error}"
+            f"neither {folder} nor {tempfile.gettempdir()} takes the run's state at step "
+            f"{state.step}: {error}"
         ) from error
     raise checkpoints.NotSaved(
-        f"{folder} does not take the run's state at step {state.step} ({error}). It is saved as {path}: "
-        f"copy it to {folder / 'last.pt'}; then, to go on: {resume_command(folder)}"
+        f"{folder} does not take the run's state at step {state.step} ({error}). It is saved as "
+        f"{path}: copy it to {folder / 'last.pt'}; then, to go on: {resume_command(folder)}"
     ) from error
 
 

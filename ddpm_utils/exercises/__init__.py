@@ -1,4 +1,7 @@
-"""Checks for the readers' answers, one module a lesson. A check returns a Verdict: right, or what is wrong and why, in words."""
+"""Checks for the readers' answers, one module a lesson.
+
+A check returns a Verdict: right, or what is wrong and why, in words.
+"""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +11,10 @@ import torch
 
 @dataclass(frozen=True)
 class Verdict:
-    """passed: True, False, or None where nothing has been answered yet. A cell that ends in one shows `words`."""
+    """passed: True, False, or None where nothing has been answered yet.
+
+    A cell that ends in one shows `words`.
+    """
 
     passed: bool | None
     words: str
@@ -27,7 +33,9 @@ def wrong(words: str) -> Verdict:
     return Verdict(False, words)
 
 
-def unanswered(words: str = "not answered yet: put your answer in the place of None and run the cell again") -> Verdict:
+def unanswered(
+    words: str = "not answered yet: put your answer in the place of None and run the cell again",
+) -> Verdict:
     """The verdict where nothing has been answered yet."""
     return Verdict(None, words)
 
@@ -44,7 +52,9 @@ def float64(value) -> torch.Tensor:
 
 
 def attempt(answer, *arguments):
-    """(result of the reader's function, None), or (None, a verdict) where there is none to judge: no answer yet, or an error."""
+    """(result of the reader's function, None), or (None, a verdict) where there is none to judge:
+    no answer yet, or an error.
+    """
     if answer is None:
         return None, unanswered()
     try:

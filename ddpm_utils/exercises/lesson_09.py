@@ -8,14 +8,17 @@ from . import Verdict, attempt, float64, is_number, right, unanswered, wrong
 
 
 def check_lead(guess) -> Verdict:
-    """Exercise 9.1: the mean of ln s₁ − ln s₂ for two pictures with |x₁ − x₂|² = 100 at a signal-to-noise ratio of 0.1."""
+    """Exercise 9.1: the mean of ln s₁ − ln s₂ for two pictures with |x₁ − x₂|² = 100 at a
+    signal-to-noise ratio of 0.1.
+    """
     if guess is None:
         return unanswered()
     if not is_number(guess):
         return wrong(f"a number is wanted, such as 2.5; got {guess!r}")
     if abs(guess - 5) < 0.1:
         return right(
-            "5 nats, half the signal-to-noise ratio times d²: odds of 150 to 1, under ten times as much noise."
+            "5 nats, half the signal-to-noise ratio times d²: odds of 150 to 1, under ten times "
+            "as much noise."
         )
     slips = {
         10.0: "that is the ratio times d²: the exponent of a Gaussian has a 2 below.",
@@ -29,12 +32,15 @@ def check_lead(guess) -> Verdict:
         if abs(guess - slip) < max(0.02 * abs(slip), 0.05):
             return wrong(words)
     return wrong(
-        "not that: put x_t = √ᾱ·x₁ + √(1−ᾱ)·ε into both exponents of (09.6), subtract, and take the mean over ε."
+        "not that: put x_t = √ᾱ·x₁ + √(1−ᾱ)·ε into both exponents of (09.6), subtract, and take "
+        "the mean over ε."
     )
 
 
 def check_score(answer) -> Verdict:
-    """Exercise 9.2: answer(x_t, x0_hat, alpha_bar_t) is the gradient of ln q(x_t) (Tweedie's formula)."""
+    """Exercise 9.2: answer(x_t, x0_hat, alpha_bar_t) is the gradient of ln q(x_t) (Tweedie's
+    formula).
+    """
     x_t = torch.tensor([0.7, -0.2, 1.5], dtype=torch.float64, requires_grad=True)
     a, mean, value = torch.tensor(0.6, dtype=torch.float64), 0.3, 0.2
     density = torch.distributions.Normal(a.sqrt() * mean, (a * value + 1 - a).sqrt())
@@ -46,26 +52,37 @@ def check_score(answer) -> Verdict:
         return problem
     got = float64(got)
     if got.shape != truth.shape:
-        return wrong(f"the score has the shape of x_t, {tuple(truth.shape)}; yours has {tuple(got.shape)}.")
+        return wrong(
+            f"the score has the shape of x_t, {tuple(truth.shape)}; yours has {tuple(got.shape)}."
+        )
 
     def is_near(value):
         return torch.allclose(got, value, rtol=1e-6)
 
     if is_near(truth):
-        return right("it agrees with the derivative that autograd takes of the density of a noisy Gaussian.")
+        return right(
+            "it agrees with the derivative that autograd takes of the density of a noisy Gaussian."
+        )
     if is_near(-truth):
         return wrong("the sign: the score points to where data are denser, from x_t towards √ᾱ·x̂₀.")
     if is_near(truth * (1 - a).sqrt()):
-        return wrong("you divided by √(1 − ᾱ), which gives −ε̂: the exponent of (09.2) brings 1 − ᾱ itself.")
+        return wrong(
+            "you divided by √(1 − ᾱ), which gives −ε̂: the exponent of (09.2) brings 1 − ᾱ itself."
+        )
     if is_near((x0_hat - x_t) / (1 - a)):
         return wrong("the guess must be scaled: the noise lies around √ᾱ·x₀, not around x₀.")
     if is_near(truth * (1 - a)):
         return wrong("this is the direction; its length lacks the factor 1/(1 − ᾱ).")
-    return wrong("not that: the derivative of the exponent in (09.2) is (√ᾱ·x₀ − x_t)/(1 − ᾱ); take its mean over x₀.")
+    return wrong(
+        "not that: the derivative of the exponent in (09.2) is (√ᾱ·x₀ − x_t)/(1 − ᾱ); take its "
+        "mean over x₀."
+    )
 
 
 def check_factor(answer) -> Verdict:
-    """Exercise 9.3: answer(alpha_bar_t, alpha_bar_s, value) is what a noiseless DDIM step multiplies x_t by for N(0, value)."""
+    """Exercise 9.3: answer(alpha_bar_t, alpha_bar_s, value) is what a noiseless DDIM step
+    multiplies x_t by for N(0, value).
+    """
     now, then = (torch.tensor(v, dtype=torch.float64) for v in ([0.02, 0.3, 0.6], [0.1, 0.5, 0.99]))
     value = 0.25
     got, problem = attempt(answer, now, then, value)
@@ -79,13 +96,23 @@ def check_factor(answer) -> Verdict:
         return torch.allclose(got, other, rtol=1e-6)
 
     if is_near(truth):
-        return right("and by Cauchy and Schwarz it is never above the exact flow's: DDIM loses variance in every step.")
+        return right(
+            "and by Cauchy and Schwarz it is never above the exact flow's: DDIM loses variance in "
+            "every step."
+        )
     if is_near((after / before).sqrt()):
-        return wrong("that is the exact flow. DDIM takes a straight step: put the guess and its ε into (06.1).")
+        return wrong(
+            "that is the exact flow. DDIM takes a straight step: put the guess and its ε into "
+            "(06.1)."
+        )
     if is_near(then.sqrt() * now.sqrt() * value / before):
-        return wrong("that is the part that comes through x̂₀; the noise that is kept, √(1 − ᾱ_s)·ε̂, is missing.")
+        return wrong(
+            "that is the part that comes through x̂₀; the noise that is kept, √(1 − ᾱ_s)·ε̂, is "
+            "missing."
+        )
     if is_near(truth * before):
         return wrong("both x̂₀ and ε̂ carry the factor 1/(ᾱ_t·λ + 1 − ᾱ_t).")
     return wrong(
-        "not that: x̂₀ = √ᾱ_t·λ·x_t/V and ε̂ = √(1−ᾱ_t)·x_t/V with V = ᾱ_t·λ + 1 − ᾱ_t, put into (06.1) with σ = 0."
+        "not that: x̂₀ = √ᾱ_t·λ·x_t/V and ε̂ = √(1−ᾱ_t)·x_t/V with V = ᾱ_t·λ + 1 − ᾱ_t, put into "
+        "(06.1) with σ = 0."
     )

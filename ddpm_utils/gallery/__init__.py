@@ -1,4 +1,6 @@
-"""The networks of the source tutorials as published, faults included, behind one contract: `model(x_t, t, y=None)`."""
+"""The networks of the source tutorials as published, faults included, behind one contract:
+`model(x_t, t, y=None)`.
+"""
 
 from torch import nn
 
@@ -18,16 +20,24 @@ def names() -> list[str]:
 
 
 def build(name: str, timesteps: int = 1000, channels: int | None = None, **settings) -> nn.Module:
-    """The network `name` with fresh weights; `settings` go to its class. Without `channels`, as many as were published.
+    """The network `name` with fresh weights; `settings` go to its class.
 
-    Raises ValueError on a name that is none, with the names there are, and on a number of channels the network cannot take.
+    Without `channels`, as many as were published.
+
+    Raises ValueError on a name that is none, with the names there are, and on a number of channels
+    the network cannot take.
     """
     if name not in NETWORKS:
-        raise ValueError(f"no network {name!r} in the gallery: choose from {', '.join(map(repr, names()))}")
+        raise ValueError(
+            f"no network {name!r} in the gallery: choose from {', '.join(map(repr, names()))}"
+        )
     if name in HAVE_A_TABLE:
         settings["timesteps"] = timesteps
     if channels is not None and name in ANY_CHANNELS:
         settings["channels"] = channels
     elif channels not in (None, 1):
-        raise ValueError(f"channels={channels}: the network {name!r} was published for grey images, with 1 channel")
+        raise ValueError(
+            f"channels={channels}: the network {name!r} was published for grey images, with 1 "
+            "channel"
+        )
     return NETWORKS[name](**settings)

@@ -1,4 +1,6 @@
-"""The network of the anime faces tutorial: residual units each followed by attention, and two ways down and two ways up."""
+"""The network of the anime faces tutorial: residual units each followed by attention, and two ways
+down and two ways up.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +18,19 @@ def embedding(t: Tensor) -> Tensor:
 
 
 class Unit(nn.Module):
-    """(B, c_in, H, W) → (B, c_out, H, W): twice GroupNorm, SiLU, conv3, with time in between, beside a 1×1 convolution."""
+    """(B, c_in, H, W) → (B, c_out, H, W): twice GroupNorm, SiLU, conv3, with time in between,
+    beside a 1×1 convolution.
+    """
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.first = nn.Sequential(nn.GroupNorm(8, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.first = nn.Sequential(
+            nn.GroupNorm(8, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
+        )
         self.time = nn.Sequential(nn.SiLU(), nn.Linear(TIME_DIM, c_out))
-        self.second = nn.Sequential(nn.GroupNorm(8, c_out), nn.SiLU(), nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.second = nn.Sequential(
+            nn.GroupNorm(8, c_out), nn.SiLU(), nn.Conv2d(c_out, c_out, 3, padding=1)
+        )
         self.shortcut = nn.Conv2d(c_in, c_out, 1)  # even where c_in = c_out
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -61,7 +69,9 @@ class Pairs(nn.Module):
 
 
 class Down(nn.Module):
-    """(B, C, H, W) → (B, C, H/2, W/2): half of the channels by a strided convolution, half by the maximum of 2×2 pixels."""
+    """(B, C, H, W) → (B, C, H/2, W/2): half of the channels by a strided convolution, half by the
+    maximum of 2×2 pixels.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -76,16 +86,20 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """(B, C, H, W) → (B, C/2, 2H, 2W): half of them by a transposed convolution, half by bilinear interpolation."""
+    """(B, C, H, W) → (B, C/2, 2H, 2W): half of them by a transposed convolution, half by bilinear
+    interpolation.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         quarter = channels // 4
         self.transposed = nn.Sequential(
-            nn.ConvTranspose2d(channels, quarter, 4, stride=2, padding=1), nn.Conv2d(quarter, quarter, 1)
+            nn.ConvTranspose2d(channels, quarter, 4, stride=2, padding=1),
+            nn.Conv2d(quarter, quarter, 1),
         )
         self.resized = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False), nn.Conv2d(channels, quarter, 1)
+            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
+            nn.Conv2d(channels, quarter, 1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,15 +125,18 @@ class Middle(nn.Module):
 class Anime(nn.Module):
     """model(x_t, t, y=None) → ε shaped like x_t; 10,847,299 parameters with 3 channels.
 
-    Odd: a skip carries what enters a level, and not what its units make of it; there is no activation before the last
-    convolution; at 48×48 the attention of the last level sees 2304 positions.
-    x_t: (B, channels, H, W) float, H and W multiples of 4; t: (B,) long; y must be None. Raises ValueError on any other input.
+    Odd: a skip carries what enters a level, and not what its units make of it; there is no
+    activation before the last convolution; at 48×48 the attention of the last level sees 2304
+    positions. x_t: (B, channels, H, W) float, H and W multiples of 4; t: (B,) long; y must be None.
+    Raises ValueError on any other input.
     """
 
     def __init__(self, channels: int = 3):
         super().__init__()
         self.channels = channels
-        self.time = nn.Sequential(nn.Linear(TIME_DIM, TIME_DIM), nn.SiLU(), nn.Linear(TIME_DIM, TIME_DIM))
+        self.time = nn.Sequential(
+            nn.Linear(TIME_DIM, TIME_DIM), nn.SiLU(), nn.Linear(TIME_DIM, TIME_DIM)
+        )
         self.stem = nn.Conv2d(channels, 32, 3, padding=1)
         self.downs = nn.ModuleList([Pairs(32, 64), Pairs(64, 128), Pairs(128, 256)])
         self.shrinks = nn.ModuleList([Down(64), Down(128), nn.Identity()])

@@ -1,4 +1,6 @@
-"""The network of the Fashion-MNIST article, after Brian Pulfer's DDPM: ten channels at full size, a norm tied to 28×28."""
+"""The network of the Fashion-MNIST article, after Brian Pulfer's DDPM: ten channels at full size, a
+norm tied to 28×28.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +12,11 @@ SIZE = 28  # pixels a side: the shapes of the norms are part of the weights
 
 
 def embedding_table(timesteps: int, dim: int, mend: bool = False) -> Tensor:
-    """(timesteps, dim): column 2i is sin(t·w_i), column 2i + 1 is cos(t·w_i), with w_i = 10000^(−4i/dim).
+    """(timesteps, dim): column 2i is sin(t·w_i), column 2i + 1 is cos(t·w_i), with w_i =
+    10000^(−4i/dim).
 
-    The Transformer (arXiv 1706.03762, 3.5), and `mend`, have 10000^(−2i/dim): as published the frequencies fall twice as fast,
-    down to 10000^−2.
+    The Transformer (arXiv 1706.03762, 3.5), and `mend`, have 10000^(−2i/dim): as published the
+    frequencies fall twice as fast, down to 10000^−2.
     """
     w = 10_000.0 ** ((-2 if mend else -4) * torch.arange(dim // 2, dtype=torch.float64) / dim)
     angles = torch.arange(timesteps)[:, None] * w
@@ -21,7 +24,9 @@ def embedding_table(timesteps: int, dim: int, mend: bool = False) -> Tensor:
 
 
 class Block(nn.Module):
-    """(B, c_in, size, size) → (B, c_out, size, size): LayerNorm over all (c_in, size, size), then twice conv3, SiLU."""
+    """(B, c_in, size, size) → (B, c_out, size, size): LayerNorm over all (c_in, size, size), then
+    twice conv3, SiLU.
+    """
 
     def __init__(self, size: int, c_in: int, c_out: int, normalise: bool = True):
         super().__init__()
@@ -36,35 +41,49 @@ class Block(nn.Module):
 
 
 class Level(nn.Module):
-    """Three blocks at one size; time, through an MLP of its own, is added to their input; widths: input, then each output."""
+    """Three blocks at one size; time, through an MLP of its own, is added to their input; widths:
+    input, then each output.
+    """
 
-    def __init__(self, size: int, widths: tuple[int, int, int, int], time_dim: int, normalise_last: bool = True):
+    def __init__(
+        self,
+        size: int,
+        widths: tuple[int, int, int, int],
+        time_dim: int,
+        normalise_last: bool = True,
+    ):
         super().__init__()
         c = widths[0]
         self.time = nn.Sequential(nn.Linear(time_dim, c), nn.SiLU(), nn.Linear(c, c))
         pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.blocks = nn.Sequential(*(Block(size, a, b, normalise_last or i < 2) for i, (a, b) in enumerate(pairs)))
+        self.blocks = nn.Sequential(
+            *(Block(size, a, b, normalise_last or i < 2) for i, (a, b) in enumerate(pairs))
+        )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return self.blocks(x + self.time(emb)[:, :, None, None])
 
 
 class Article(nn.Module):
-    """model(x_t, t, y=None) → ε shaped like x_t; 606,852 parameters at T = 1000, of which the 100·T of the table are frozen.
+    """model(x_t, t, y=None) → ε shaped like x_t; 606,852 parameters at T = 1000, of which the 100·T
+    of the table are frozen.
 
-    Defective: the first norm takes the first level's time out again, the last is never called, 55 of the table's 100 columns
-    hardly move with t. `mend` puts the table right.
-    x_t: (B, 1, 28, 28) float; t: (B,) long in 0 … timesteps − 1; y must be None: it knows no labels.
-    Raises ValueError on any other input (t beyond the table: on the CPU only, elsewhere PyTorch complains).
+    Defective: the first norm takes the first level's time out again, the last is never called, 55
+    of the table's 100 columns hardly move with t. `mend` puts the table right. x_t: (B, 1, 28, 28)
+    float; t: (B,) long in 0 … timesteps − 1; y must be None: it knows no labels. Raises ValueError
+    on any other input (t beyond the table: on the CPU only, elsewhere PyTorch complains).
     """
 
     def __init__(self, timesteps: int = 1000, time_dim: int = 100, mend: bool = False):
         super().__init__()
         if timesteps < 1 or time_dim < 2 or time_dim % 2:
             raise ValueError(
-                f"timesteps={timesteps}, time_dim={time_dim}: expected at least 1, and an even number of at least 2"
+                f"timesteps={timesteps}, time_dim={time_dim}: expected at least 1, and an even "
+                "number of at least 2"
             )
-        self.table = nn.Embedding.from_pretrained(embedding_table(timesteps, time_dim, mend), freeze=True)
+        self.table = nn.Embedding.from_pretrained(
+            embedding_table(timesteps, time_dim, mend), freeze=True
+        )
         self.down1 = Level(28, (1, 10, 10, 10), time_dim)
         self.to14 = nn.Conv2d(10, 10, 4, stride=2, padding=1)
         self.down2 = Level(14, (10, 20, 20, 20), time_dim)
@@ -74,7 +93,9 @@ class Article(nn.Module):
             nn.Conv2d(40, 40, 2), nn.SiLU(), nn.Conv2d(40, 40, 4, stride=2, padding=1)
         )  # 7 → 6 → 3
         self.mid = Level(3, (40, 20, 20, 40), time_dim)
-        self.from3 = nn.Sequential(nn.ConvTranspose2d(40, 40, 4, 2, 1), nn.SiLU(), nn.ConvTranspose2d(40, 40, 2))
+        self.from3 = nn.Sequential(
+            nn.ConvTranspose2d(40, 40, 4, 2, 1), nn.SiLU(), nn.ConvTranspose2d(40, 40, 2)
+        )
         self.up3 = Level(7, (80, 40, 20, 20), time_dim)
         self.from7 = nn.ConvTranspose2d(20, 20, 4, stride=2, padding=1)
         self.up2 = Level(14, (40, 20, 10, 10), time_dim)
@@ -98,7 +119,7 @@ def check_input(x: Tensor, t: Tensor, y: Tensor | None, timesteps: int) -> None:
     """Raise ValueError unless x_t, t and y are what the article's network takes."""
     if x.ndim != 4 or x.shape[1:] != (1, SIZE, SIZE):
         raise ValueError(
-            f"x_t has shape {tuple(x.shape)}, expected (batch, 1, {SIZE}, {SIZE}): the norms of this network fit no other size; "
-            "resize the images"
+            f"x_t has shape {tuple(x.shape)}, expected (batch, 1, {SIZE}, {SIZE}): the norms of "
+            "this network fit no other size; resize the images"
         )
     check_times_and_labels(x, t, y, timesteps)

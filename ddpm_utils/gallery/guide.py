@@ -1,4 +1,6 @@
-"""The network of the hands-on guide: a plain convolutional U-Net, published in fragments that do not fit together."""
+"""The network of the hands-on guide: a plain convolutional U-Net, published in fragments that do
+not fit together.
+"""
 
 import math
 
@@ -11,7 +13,9 @@ TIME_DIM, WIDTHS = 256, (64, 128, 256)
 
 
 def embedding(t: Tensor) -> Tensor:
-    """(B,) → (B, 256): the sines of t·w_i, then the cosines, w_i = exp(−ln 10000 · i / 127), i = 0 … 127."""
+    """(B,) → (B, 256): the sines of t·w_i, then the cosines, w_i = exp(−ln 10000 · i / 127), i = 0
+    … 127.
+    """
     half = TIME_DIM // 2
     w = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / (half - 1))
     angles = t[:, None] * w
@@ -23,7 +27,10 @@ class Block(nn.Module):
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(c_in, c_out, 3, padding=1), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv1, self.conv2 = (
+            nn.Conv2d(c_in, c_out, 3, padding=1),
+            nn.Conv2d(c_out, c_out, 3, padding=1),
+        )
         self.time = nn.Linear(TIME_DIM, c_out)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -34,18 +41,23 @@ class Block(nn.Module):
 class Guide(nn.Module):
     """model(x_t, t, y=None) → ε shaped like x_t; 8,058,049 parameters with 1 channel.
 
-    The published decoder wants 512 channels where its encoder leaves 256. The smallest bottleneck that closes it doubles the
-    width at the bottom; so it stands here. The published embedding returns nothing; here it reaches every block.
-    x_t: (B, channels, H, W) float, H and W multiples of 8; t: (B,) long; y must be None. Raises ValueError on any other input.
+    The published decoder wants 512 channels where its encoder leaves 256. The smallest bottleneck
+    that closes it doubles the width at the bottom; so it stands here. The published embedding
+    returns nothing; here it reaches every block. x_t: (B, channels, H, W) float, H and W multiples
+    of 8; t: (B,) long; y must be None. Raises ValueError on any other input.
     """
 
     def __init__(self, channels: int = 1):
         super().__init__()
         self.channels = channels
-        self.downs = nn.ModuleList(Block(a, b) for a, b in zip((channels, *WIDTHS[:-1]), WIDTHS, strict=True))
+        self.downs = nn.ModuleList(
+            Block(a, b) for a, b in zip((channels, *WIDTHS[:-1]), WIDTHS, strict=True)
+        )
         self.shrink = nn.MaxPool2d(2)
         self.bottleneck = Block(WIDTHS[-1], 2 * WIDTHS[-1])
-        self.grows = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in reversed(WIDTHS))
+        self.grows = nn.ModuleList(
+            nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in reversed(WIDTHS)
+        )
         self.ups = nn.ModuleList(Block(2 * w, w) for w in reversed(WIDTHS))
         self.head = nn.Conv2d(WIDTHS[0], channels, 1)
 

@@ -1,4 +1,6 @@
-"""The network of "DDPM from scratch" on MNIST: 35 million weights, residual – attention – residual, 32 → 16 → 8 → 4 pixels."""
+"""The network of "DDPM from scratch" on MNIST: 35 million weights, residual – attention – residual,
+32 → 16 → 8 → 4 pixels.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,20 +12,28 @@ TIME_DIM, HEADS = 512, 8
 
 
 def embedding_table(timesteps: int) -> Tensor:
-    """(timesteps, 512): column 2i is sin(t·w_i), column 2i + 1 is cos(t·w_i), w_i = 10000^(−2i/512)."""
+    """(timesteps, 512): column 2i is sin(t·w_i), column 2i + 1 is cos(t·w_i), w_i =
+    10000^(−2i/512).
+    """
     w = 10_000.0 ** (-2 * torch.arange(TIME_DIM // 2, dtype=torch.float64) / TIME_DIM)
     angles = torch.arange(timesteps)[:, None] * w
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1).float()
 
 
 class Residual(nn.Module):
-    """(B, C, H, W) → the same: the first C columns of the embedding are added; then twice GroupNorm, ReLU, conv3 beside that."""
+    """(B, C, H, W) → the same: the first C columns of the embedding are added; then twice
+    GroupNorm, ReLU, conv3 beside that.
+    """
 
     def __init__(self, channels: int, dropout: float):
         super().__init__()
-        self.first = nn.Sequential(nn.GroupNorm(32, channels), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1))
+        self.first = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
+        )
         self.dropout = nn.Dropout(dropout)
-        self.second = nn.Sequential(nn.GroupNorm(32, channels), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1))
+        self.second = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
+        )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         x = x + emb[:, : x.shape[1], None, None]
@@ -33,7 +43,8 @@ class Residual(nn.Module):
 class Attention(nn.Module):
     """(B, C, H, W) → the same: eight heads over all positions, without a norm.
 
-    As published the attention drops weights in eval mode too, and nothing is added to its answer; `mend` puts both right.
+    As published the attention drops weights in eval mode too, and nothing is added to its answer;
+    `mend` puts both right.
     """
 
     def __init__(self, channels: int, dropout: float, mend: bool):
@@ -43,17 +54,30 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).view(b, h * w, 3, HEADS, c // HEADS).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(x.flatten(2).transpose(1, 2))
+            .view(b, h * w, 3, HEADS, c // HEADS)
+            .permute(2, 0, 3, 1, 4)
+        )
         dropping = self.dropout if self.training or not self.mend else 0.0
-        found = F.scaled_dot_product_attention(q, k, v, dropout_p=dropping).transpose(1, 2).reshape(b, h * w, c)
+        found = (
+            F.scaled_dot_product_attention(q, k, v, dropout_p=dropping)
+            .transpose(1, 2)
+            .reshape(b, h * w, c)
+        )
         found = self.out(found).transpose(1, 2).view_as(x)
         return x + found if self.mend else found
 
 
 class Level(nn.Module):
-    """Residual block, attention where chosen, residual block. Returns that, and what goes on to the next level."""
+    """Residual block, attention where chosen, residual block.
 
-    def __init__(self, channels: int, attention: bool, onwards: nn.Module, dropout: float, mend: bool):
+    Returns that, and what goes on to the next level.
+    """
+
+    def __init__(
+        self, channels: int, attention: bool, onwards: nn.Module, dropout: float, mend: bool
+    ):
         super().__init__()
         self.first, self.second = Residual(channels, dropout), Residual(channels, dropout)
         self.attention = Attention(channels, dropout, mend) if attention else nn.Identity()
@@ -65,12 +89,13 @@ class Level(nn.Module):
 
 
 class Mnist32(nn.Module):
-    """model(x_t, t, y=None) → ε shaped like x_t; 35,178,689 parameters; the table of T = 1000 rows is no parameter.
+    """model(x_t, t, y=None) → ε shaped like x_t; 35,178,689 parameters; the table of T = 1000 rows
+    is no parameter.
 
-    Defective: a level of C channels sees the first C of the 512 columns alone, at 64 channels periods of up to 19 steps; the
-    attention drops weights in eval mode too, and nothing is added to its answer. `mend` puts the attention right.
-    x_t: (B, 1, H, W) float, H and W multiples of 8; t: (B,) long in 0 … timesteps − 1; y must be None. Raises ValueError on any
-    other input.
+    Defective: a level of C channels sees the first C of the 512 columns alone, at 64 channels
+    periods of up to 19 steps; the attention drops weights in eval mode too, and nothing is added to
+    its answer. `mend` puts the attention right. x_t: (B, 1, H, W) float, H and W multiples of 8; t:
+    (B,) long in 0 … timesteps − 1; y must be None. Raises ValueError on any other input.
     """
 
     def __init__(self, timesteps: int = 1000, dropout: float = 0.1, mend: bool = False):
@@ -81,12 +106,16 @@ class Mnist32(nn.Module):
             return Level(c, attention, nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), dropout, mend)
 
         def up(c: int, attention: bool) -> Level:
-            return Level(c, attention, nn.ConvTranspose2d(c, c // 2, 4, stride=2, padding=1), dropout, mend)
+            return Level(
+                c, attention, nn.ConvTranspose2d(c, c // 2, 4, stride=2, padding=1), dropout, mend
+            )
 
         self.stem = nn.Conv2d(1, 64, 3, padding=1)
         self.downs = nn.ModuleList([down(64, False), down(128, True), down(256, False)])
         self.ups = nn.ModuleList([up(512, False), up(512, False), up(384, True)])
-        self.head = nn.Sequential(nn.Conv2d(256, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 1, 1))
+        self.head = nn.Sequential(
+            nn.Conv2d(256, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 1, 1)
+        )
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         check_input(x, t, y, 1, divisor=8, timesteps=len(self.table))

@@ -1,4 +1,6 @@
-"""Small weights of our own training, each beside a JSON card that says how it was made: diffusion networks and classifiers."""
+"""Small weights of our own training, each beside a JSON card that says how it was made: diffusion
+networks and classifiers.
+"""
 
 import copy
 import json
@@ -12,12 +14,15 @@ from ..evaluation import Classifier, train_classifier
 from ..unet import UNet
 
 FOLDER = Path(__file__).parent
-CLASSIFIER = "classifier_"  # how the files of the classifiers begin; all others are diffusion networks
+# how the files of the classifiers begin; all others are diffusion networks
+CLASSIFIER = "classifier_"
 
 
 def names() -> list[str]:
     """The diffusion networks that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.json") if not path.stem.startswith(CLASSIFIER))
+    return sorted(
+        path.stem for path in FOLDER.glob("*.json") if not path.stem.startswith(CLASSIFIER)
+    )
 
 
 def classifier_names() -> list[str]:
@@ -30,22 +35,31 @@ def card(name: str) -> dict:
     path = FOLDER / f"{name}.json"
     if not path.is_file():
         there = [*names(), *(CLASSIFIER + dataset for dataset in classifier_names())]
-        raise FileNotFoundError(f"no pretrained weights {name!r}: there are {', '.join(there) or 'none'}")
+        raise FileNotFoundError(
+            f"no pretrained weights {name!r}: there are {', '.join(there) or 'none'}"
+        )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path.name} is damaged ({error}): take it from the repository again") from error
+        raise ValueError(
+            f"{path.name} is damaged ({error}): take it from the repository again"
+        ) from error
 
 
 def build(cfg: TrainConfig) -> torch.nn.Module:
-    """The network that `cfg.model` names, with fresh weights from the global generator: ours, or one of the gallery."""
+    """The network that `cfg.model` names, with fresh weights from the global generator: ours, or
+    one of the gallery.
+    """
     if cfg.model == "unet":
         return UNet(**cfg.network())
     return gallery.build(cfg.model, cfg.timesteps, cfg.channels)
 
 
 def load(name: str, device="cpu") -> tuple[torch.nn.Module, TrainConfig]:
-    """The averaged network `name` in eval mode on `device`, and its config. Reads tensors only, no code."""
+    """The averaged network `name` in eval mode on `device`, and its config.
+
+    Reads tensors only, no code.
+    """
     cfg = from_dict(card(name)["config"])
     model = build(cfg)
     _read_weights(name, model)
@@ -55,7 +69,9 @@ def load(name: str, device="cpu") -> tuple[torch.nn.Module, TrainConfig]:
 def _read_weights(name: str, model: torch.nn.Module) -> None:
     path = FOLDER / f"{name}.pt"
     if not path.is_file():
-        raise FileNotFoundError(f"{path.name} is missing beside its card: take it from the repository again")
+        raise FileNotFoundError(
+            f"{path.name} is missing beside its card: take it from the repository again"
+        )
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -68,18 +84,24 @@ def _read_weights(name: str, model: torch.nn.Module) -> None:
 
 def matching(cfg: TrainConfig) -> str | None:
     """The name of shipped weights that `cfg` can use, or None."""
-    return next((name for name in names() if not cfg.differences(from_dict(card(name)["config"]))), None)
+    return next(
+        (name for name in names() if not cfg.differences(from_dict(card(name)["config"]))), None
+    )
 
 
 def obtain(cfg: TrainConfig, device="cpu", seconds: float = 60.0) -> torch.nn.Module:
-    """An averaged network in eval mode whose weights fit `cfg`, saying in one line where it comes from.
+    """An averaged network in eval mode whose weights fit `cfg`, saying in one line where it comes
+    from.
 
-    First a checkpoint of lesson 04 under `checkpoints/`, the newest whose config agrees on `config.WEIGHT_FIELDS`; else shipped
-    weights that do; else one trained here and now for `seconds`, which is said loudly.
+    First a checkpoint of lesson 04 under `checkpoints/`, the newest whose config agrees on
+    `config.WEIGHT_FIELDS`; else shipped weights that do; else one trained here and now for
+    `seconds`, which is said loudly.
     """
     model = build(cfg)
     files = sorted(
-        runtime.checkpoint_dir("lesson_04").glob("*/last.pt"), key=lambda path: path.stat().st_mtime, reverse=True
+        runtime.checkpoint_dir("lesson_04").glob("*/last.pt"),
+        key=lambda path: path.stat().st_mtime,
+        reverse=True,
     )
     for path in files:
         try:
@@ -96,18 +118,24 @@ def obtain(cfg: TrainConfig, device="cpu", seconds: float = 60.0) -> torch.nn.Mo
     name = matching(cfg)
     if name is not None:
         made = card(name)
-        print(f"weights: shipped with the package, {name}, {made['minutes']} minutes on {made['hardware']}")
+        print(
+            f"weights: shipped with the package, {name}, {made['minutes']} minutes on "
+            f"{made['hardware']}"
+        )
         return load(name, device)[0]
     print(
-        f"WEIGHTS: NONE FIT THIS CONFIG. Training for {seconds:.0f} s now; expect rough pictures. Lesson 04 trains properly."
+        f"WEIGHTS: NONE FIT THIS CONFIG. Training for {seconds:.0f} s now; expect rough pictures. "
+        "Lesson 04 trains properly."
     )
     return _train_briefly(cfg, model, device, seconds)
 
 
 def load_classifier(dataset: str = "fashion_mnist", device="cpu") -> Classifier:
-    """The shipped classifier of `dataset` in eval mode on `device`: the ruler's features (room `evaluation`).
+    """The shipped classifier of `dataset` in eval mode on `device`: the ruler's features (room
+    `evaluation`).
 
-    Raises FileNotFoundError that lists the data sets there are. For images of any other kind see `obtain_classifier`.
+    Raises FileNotFoundError that lists the data sets there are. For images of any other kind see
+    `obtain_classifier`.
     """
     card(CLASSIFIER + dataset)
     model = Classifier()
@@ -116,28 +144,47 @@ def load_classifier(dataset: str = "fashion_mnist", device="cpu") -> Classifier:
 
 
 def obtain_classifier(train_set: data.ImageSet, device="cpu") -> Classifier:
-    """A classifier in eval mode for images like `train_set`, saying in one line where it comes from.
+    """A classifier in eval mode for images like `train_set`, saying in one line where it comes
+    from.
 
-    The shipped one if there is one for this data set at 28×28, else one trained here and now: seconds for the digits.
+    The shipped one if there is one for this data set at 28×28, else one trained here and now:
+    seconds for the digits.
     """
     shape, title = tuple(train_set.images.shape[1:]), train_set.title
-    dataset = next((name for name in classifier_names() if data.TITLES[name] == title and shape == (1, 28, 28)), None)
+    dataset = next(
+        (
+            name
+            for name in classifier_names()
+            if data.TITLES[name] == title and shape == (1, 28, 28)
+        ),
+        None,
+    )
     if dataset is not None:
         right = card(CLASSIFIER + dataset)["test_accuracy"]
         print(f"classifier: shipped with the package, right on {right:.2%} of {title}'s test set")
         return load_classifier(dataset, device)
     print(
-        f"classifier: none is shipped for {title} of {shape[-2]}×{shape[-1]}; training one now on {len(train_set):,} images"
+        f"classifier: none is shipped for {title} of {shape[-2]}×{shape[-1]}; training one now on "
+        f"{len(train_set):,} images"
     )
-    return train_classifier(train_set.images, train_set.labels, len(train_set.classes), device=device)
+    return train_classifier(
+        train_set.images, train_set.labels, len(train_set.classes), device=device
+    )
 
 
-def _train_briefly(cfg: TrainConfig, model: torch.nn.Module, device, seconds: float) -> torch.nn.Module:
-    """Measure the speed over a few steps, then train as many as fit into `seconds`, with the learning rate falling to its end."""
+def _train_briefly(
+    cfg: TrainConfig, model: torch.nn.Module, device, seconds: float
+) -> torch.nn.Module:
+    """Measure the speed over a few steps, then train as many as fit into `seconds`, with the
+    learning rate falling to its end.
+    """
     train_set = data.load_images(cfg.dataset, image_size=cfg.image_size, pad=cfg.pad)
     images, labels = train_set.images, train_set.labels if cfg.num_classes else None
-    few = training.TrainState(cfg.replace(epochs=6 * cfg.batch_size / len(images)), copy.deepcopy(model), device)
-    next(runs.train(few, images, labels=labels))  # the first step of a GPU also loads and chooses its kernels
+    few = training.TrainState(
+        cfg.replace(epochs=6 * cfg.batch_size / len(images)), copy.deepcopy(model), device
+    )
+    # the first step of a GPU also loads and chooses its kernels
+    next(runs.train(few, images, labels=labels))
     for record in runs.train(few, images, labels=labels):  # noqa: B007
         pass
     seen = min(record.images_per_second * seconds, cfg.epochs * len(images))

@@ -1,7 +1,9 @@
-"""Train the weights that come with the package: `python -m ddpm_utils.pretrained.make [name …]`, or `make pretrained`.
-Names are those of the files: `mnist` is a diffusion network, `classifier_mnist` a classifier.
+"""Train the weights that come with the package: `python -m ddpm_utils.pretrained.make [name …]`, or
+`make pretrained`. Names are those of the files: `mnist` is a diffusion network, `classifier_mnist`
+a classifier.
 
-A run that is cut short goes on from its last checkpoint under `checkpoints/` when the same command is given again.
+A run that is cut short goes on from its last checkpoint under `checkpoints/` when the same command
+is given again.
 """
 
 import datetime
@@ -20,14 +22,19 @@ from . import CLASSIFIER, FOLDER, build
 RECIPES = {
     "fashion_mnist": TrainConfig(dataset="fashion_mnist", epochs=8, ema_decay=0.998),
     "mnist": TrainConfig(dataset="mnist", epochs=5, ema_decay=0.998),
-    "fashion_mnist_labels": TrainConfig(dataset="fashion_mnist", num_classes=10, epochs=6, ema_decay=0.998),
+    "fashion_mnist_labels": TrainConfig(
+        dataset="fashion_mnist", num_classes=10, epochs=6, ema_decay=0.998
+    ),
     "mnist_labels": TrainConfig(dataset="mnist", num_classes=10, epochs=4, ema_decay=0.998),
 }
 CLASSIFIERS = {"fashion_mnist": {"epochs": 6, "shift": 1}, "mnist": {"epochs": 4, "shift": 2}}
 
 
 def make(name: str) -> Path:
-    """Train `name` to the end of its recipe and write its weights and card beside this file. Returns the card's path."""
+    """Train `name` to the end of its recipe and write its weights and card beside this file.
+
+    Returns the card's path.
+    """
     cfg = RECIPES[name]
     device = runtime.pick_device()
     runtime.seed_everything(cfg.seed)
@@ -46,48 +53,71 @@ def make(name: str) -> Path:
         if record.held_out is not None:
             minutes = (time.perf_counter() - start) / 60
             minutes_file.write_text(json.dumps(minutes))
-            print(f"{name}: step {record.step}/{record.total}, {minutes:.1f} min, {record.images_per_second:.0f} images/s, "
-                  f"held-out loss {record.held_out:.4f}", flush=True)  # fmt: skip
+            print(
+                f"{name}: step {record.step}/{record.total}, {minutes:.1f} min, "
+                f"{record.images_per_second:.0f} images/s, held-out loss {record.held_out:.4f}",
+                flush=True,
+            )
     if state.stopped:
         minutes_file.write_text(json.dumps((time.perf_counter() - start) / 60))
-        raise SystemExit(f"{name}: stopped at step {state.step}; the same command goes on from there")
+        raise SystemExit(
+            f"{name}: stopped at step {state.step}; the same command goes on from there"
+        )
     torch.save(state.ema.model.state_dict(), FOLDER / f"{name}.pt")
-    return _write_card(name, device, {
-        "config": cfg.to_dict(),
-        "data": f"{train_set.title}, {len(train_set):,} training images",
-        "weights": f"average (EMA) after {state.step:,} steps",
-        "parameters": sum(p.numel() for p in state.model.parameters()),
-        "held_out_loss": round(record.held_out, 5),
-        "held_out_images": 2048,
-        "minutes": round(minutes, 1),
-        "seed": cfg.seed,
-    })  # fmt: skip
+    return _write_card(
+        name,
+        device,
+        {
+            "config": cfg.to_dict(),
+            "data": f"{train_set.title}, {len(train_set):,} training images",
+            "weights": f"average (EMA) after {state.step:,} steps",
+            "parameters": sum(p.numel() for p in state.model.parameters()),
+            "held_out_loss": round(record.held_out, 5),
+            "held_out_images": 2048,
+            "minutes": round(minutes, 1),
+            "seed": cfg.seed,
+        },
+    )
 
 
 def make_classifier(dataset: str) -> Path:
-    """Train the classifier of `dataset`, measure it on the test set, and write weights and card. Returns the card's path."""
+    """Train the classifier of `dataset`, measure it on the test set, and write weights and card.
+
+    Returns the card's path.
+    """
     recipe, device = CLASSIFIERS[dataset], runtime.pick_device()
     train_set, test_set = _real_images(dataset)
     start = time.perf_counter()
-    model = train_classifier(train_set.images, train_set.labels, len(train_set.classes), **recipe, device=device)
+    model = train_classifier(
+        train_set.images, train_set.labels, len(train_set.classes), **recipe, device=device
+    )
     minutes = (time.perf_counter() - start) / 60
-    right = class_probabilities(model, extract_features(model, test_set.images)).argmax(dim=1) == test_set.labels
+    right = (
+        class_probabilities(model, extract_features(model, test_set.images)).argmax(dim=1)
+        == test_set.labels
+    )
     torch.save(model.state_dict(), FOLDER / f"{CLASSIFIER}{dataset}.pt")
-    return _write_card(CLASSIFIER + dataset, device, {
-        "recipe": recipe,
-        "data": f"{train_set.title}, {len(train_set):,} training images",
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "test_accuracy": round(right.double().mean().item(), 4),
-        "test_images": len(test_set),
-        "minutes": round(minutes, 1),
-        "seed": 0,
-    })  # fmt: skip
+    return _write_card(
+        CLASSIFIER + dataset,
+        device,
+        {
+            "recipe": recipe,
+            "data": f"{train_set.title}, {len(train_set):,} training images",
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "test_accuracy": round(right.double().mean().item(), 4),
+            "test_images": len(test_set),
+            "minutes": round(minutes, 1),
+            "seed": 0,
+        },
+    )
 
 
 def _real_images(dataset: str) -> tuple[data.ImageSet, data.ImageSet]:
     train_set, test_set = data.load_images(dataset, "train"), data.load_images(dataset, "test")
     if train_set.title != data.TITLES[dataset]:
-        raise FileNotFoundError(f"{dataset} was not found: weights for it cannot be made from {train_set.title}")
+        raise FileNotFoundError(
+            f"{dataset} was not found: weights for it cannot be made from {train_set.title}"
+        )
     return train_set, test_set
 
 
