@@ -17,7 +17,7 @@ from ddpm_utils.config import PAPER, UNNAMED, TrainConfig, for_this_run, preset_
 from ddpm_utils.diffusion import Denoiser, q_sample, training_target
 from ddpm_utils.schedules import make_schedule
 
-from .measure import package_precision, synchronise
+from .measure import package_precision, synchronize
 from .sketch import Sketch as SketchNetwork
 
 WARM_UP_STEPS = 10  # on a GPU or when compiled, before the clock starts
@@ -106,7 +106,7 @@ class Training:
         before, began = self.state(), time.perf_counter()
         for _ in range(runtime.shrink(WARM_UP_STEPS, 2)):
             self.step(0.0)
-        synchronise(self.device)
+        synchronize(self.device)
         self.warm_up_seconds = time.perf_counter() - began
         self.load(before)
 
@@ -115,12 +115,12 @@ class Training:
         ends.
         """
         self.model.train()
-        synchronise(self.device)
+        synchronize(self.device)
         before, began = self.seconds, time.perf_counter()
         while self.seconds < until:
             self.step(self.seconds / budget)
             self.seconds = before + time.perf_counter() - began
-        synchronise(self.device)
+        synchronize(self.device)
         self.seconds = before + time.perf_counter() - began
 
     def network(self) -> nn.Module:
@@ -345,7 +345,7 @@ class DiffusersNetwork(nn.Module):
 class Sketch(Training):
     """The mark to beat, frozen.
 
-    What its description leaves open is set in its favour: fused AdamW, a fused average.
+    What its description leaves open is set in its favor: fused AdamW, a fused average.
     """
 
     target, batch_size, memory_format = "v", 64, torch.channels_last

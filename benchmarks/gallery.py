@@ -2,8 +2,8 @@
 time in training.
 
 `python -m benchmarks.gallery` appends a line of JSON for every measurement and writes table,
-pictures and CSV beside it; given again, it goes on where it was stopped. Lesson 12 reads the CSV
-and the pictures.
+images and CSV beside it; given again, it goes on where it was stopped. Lesson 12 reads the CSV
+and the images.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from ddpm_utils.diffusion import Denoiser, eval_mode
 from ddpm_utils.recipes import RECIPES
 
 from .contestants import Ours, Training, without
-from .measure import flops_per_image, machine, real_sets, synchronise
-from .recipes import SAMPLING_SEED, Ruler, save
+from .measure import flops_per_image, machine, real_sets, synchronize
+from .recipes import SAMPLING_SEED, FrechetMetric, save
 from .results import append, comparable_rows, minutes, place_and_command, read_rows, write_csv
 
 NO_CLIPPING = 1e6  # a norm that no gradient has
@@ -43,7 +43,7 @@ TURN = 15.0  # seconds that a contestant trains before the next one's turn
 # seconds of a turn in which steps are timed, and how many each network has
 SPEED_TURN, SPEED_TURNS = 10.0, 5
 COMMON_BATCH = 32
-# pictures measured, drawn at a time, calls a picture, pictures kept
+# images measured, drawn at a time, calls an image, images kept
 N, BATCH, CALLS, SHOWN = 1000, 100, 25, 16
 COLUMNS = (
     "what",
@@ -98,7 +98,7 @@ class Published(Training):
         if images.shape[1] == 1:
             images = F.pad(images, [(SIZES[self.member] - images.shape[-1]) // 2] * 4)
         # [0, 1] in a range that goes from −1 to 1: the upper half of 256 levels, so 128 levels of
-        # grey.
+        # gray.
         images = 128 + images // 2 if self.cfg.data_range == "unit" else images
         super().__init__(images, seed, device)
 
@@ -156,7 +156,7 @@ CONTESTANTS = {"ours": Ours} | {
 
 
 def random_images(name: str, setting: str, device: torch.device) -> Tensor:
-    """A few batches of pure chance, for a stopwatch: of the published shape, or 28×28 in grey."""
+    """A few batches of pure chance, for a stopwatch: of the published shape, or 28×28 in gray."""
     shape = (1, 28, 28)
     if setting == "published" and name != "ours":
         cfg = recipe(name)
@@ -170,7 +170,7 @@ def random_images(name: str, setting: str, device: torch.device) -> Tensor:
 
 
 def for_the_stopwatch(name: str, setting: str, device: torch.device) -> Training:
-    """The contestant in its published setting, or in the common one: 28×28 in grey (32×32 where 28
+    """The contestant in its published setting, or in the common one: 28×28 in gray (32×32 where 28
     does not fit), batch 32.
     """
     kind = CONTESTANTS[name]
@@ -231,7 +231,7 @@ def memory_here(name: str, setting: str, device: torch.device) -> tuple[int | No
     made = for_the_stopwatch(name, setting, device)
     for _ in range(3):
         made.step(0.5)
-    synchronise(device)
+    synchronize(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "torch.cuda.max_memory_allocated"
     peak = resident("VmHWM")
@@ -278,8 +278,8 @@ def facts(name: str, setting: str, made: Training, device: torch.device) -> dict
     }
 
 
-def draw_pictures(made: Training, n: int, side: int) -> Tensor:
-    """n pictures (n, 1, side, side) uint8 by a clamped DDIM; in the middle of larger canvases the
+def draw_images(made: Training, n: int, side: int) -> Tensor:
+    """n images (n, 1, side, side) uint8 by a clamped DDIM; in the middle of larger canvases the
     noise is the same for all.
     """
     device, size = made.device, made.images.shape[-1]
@@ -360,9 +360,9 @@ class Bench:
                 flush=True,
             )
 
-    def pictures(self) -> None:
+    def quality(self) -> None:
         """Train whom the command names, in turns, to the mark, and draw."""
-        drawn = [row for row in self.rows if row["what"] == "pictures"]
+        drawn = [row for row in self.rows if row["what"] == "quality"]
         done = {(row["contestant"], row["mark"], row["n"], row["settings"]) for row in drawn}
         waiting = [
             name
@@ -371,8 +371,8 @@ class Bench:
         ]
         if not waiting:
             return
-        ruler, live = Ruler(*self.sets, self.device), {}
-        floor, images = ruler.floor(self.n), self.sets[0].images.to(self.device)
+        metric, live = FrechetMetric(*self.sets, self.device), {}
+        floor, images = metric.floor(self.n), self.sets[0].images.to(self.device)
         print(f"{minutes(self.mark)} min of training: {', '.join(waiting)}", flush=True)
         while waiting:
             name = waiting.pop(0)
@@ -385,7 +385,7 @@ class Bench:
             if made.seconds < self.mark and made.is_finite():
                 waiting.append(name)
                 continue
-            self.measure(name, made, ruler, floor)
+            self.measure(name, made, metric, floor)
             del live[name]
             self.checkpoint(name).unlink(missing_ok=True)
 
@@ -403,17 +403,17 @@ class Bench:
                 made.load(saved["state"])
         return made
 
-    def measure(self, name: str, made: Training, ruler: Ruler, floor: float) -> None:
-        """Draw, keep a few pictures, and write the row."""
+    def measure(self, name: str, made: Training, metric: FrechetMetric, floor: float) -> None:
+        """Draw, keep a few images, and write the row."""
         distance = None
         if made.is_finite():
-            drawn = draw_pictures(made, self.n, self.sets[0].images.shape[-1])
-            distance = ruler.distance(drawn)
-            keep_pictures(self.out, name, drawn[:SHOWN])
+            drawn = draw_images(made, self.n, self.sets[0].images.shape[-1])
+            distance = metric.distance(drawn)
+            keep_images(self.out, name, drawn[:SHOWN])
         images = made.steps * made.batch_size
         self.write(
             {
-                "what": "pictures",
+                "what": "quality",
                 "contestant": name,
                 "setting": "Fashion-MNIST",
                 "channels": 1,
@@ -436,8 +436,8 @@ class Bench:
         print(f"  {name}: {words}, {images:,} images", flush=True)
 
 
-def keep_pictures(out: Path, name: str, pictures: Tensor) -> None:
-    """Put a contestant's pictures, uint8, beside those of the others, so that the file is always
+def keep_images(out: Path, name: str, images: Tensor) -> None:
+    """Put a contestant's images, uint8, beside those of the others, so that the file is always
     whole.
     """
     path, kept = out.with_suffix(".npz"), {}
@@ -445,29 +445,29 @@ def keep_pictures(out: Path, name: str, pictures: Tensor) -> None:
         with np.load(path) as file:
             kept = dict(file)
     part = path.with_suffix(".part.npz")
-    np.savez_compressed(part, **(kept | {name: pictures.numpy()}))
+    np.savez_compressed(part, **(kept | {name: images.numpy()}))
     part.replace(path)
 
 
 def latest(rows: list[dict]) -> list[dict]:
-    """Of rows about the same thing the last one, in the order of the contestants; a picture row for
+    """Of rows about the same thing the last one, in the order of the contestants; an image row for
     everybody.
     """
     found = {(row["what"], row["contestant"], row["setting"], row.get("mark")): row for row in rows}
-    drawn = {row["contestant"] for row in found.values() if row["what"] == "pictures"}
+    drawn = {row["contestant"] for row in found.values() if row["what"] == "quality"}
     for name in {row["contestant"] for row in rows} - drawn:
-        found["pictures", name, "", None] = {
-            "what": "pictures",
+        found["quality", name, "", None] = {
+            "what": "quality",
             "contestant": name,
             "distance": "not measured",
         }
     return sorted(
-        found.values(), key=lambda row: (row["what"] == "pictures", NAMES.index(row["contestant"]))
+        found.values(), key=lambda row: (row["what"] == "quality", NAMES.index(row["contestant"]))
     )
 
 
 def report(out: Path) -> str:
-    """Tables in Markdown, returned and written; CSV and a figure of the pictures.
+    """Tables in Markdown, returned and written; CSV and a figure of the images.
 
     Raises FileNotFoundError without results.
     """
@@ -506,7 +506,7 @@ def report(out: Path) -> str:
         "| network | minutes of training | images seen | distance | floor |",
         "|---|---:|---:|---:|---:|",
     ]
-    for row in (row for row in rows if row["what"] == "pictures"):
+    for row in (row for row in rows if row["what"] == "quality"):
         if "mark" not in row:
             lines.append(f"| {row['contestant']} | | | not measured | |")
             continue
@@ -526,7 +526,7 @@ def report(out: Path) -> str:
 
 
 def draw_strips(out: Path) -> None:
-    """The pictures that were kept, a row a contestant."""
+    """The images that were kept, a row a contestant."""
     if not out.with_suffix(".npz").is_file():
         return
     with np.load(out.with_suffix(".npz")) as file:
@@ -553,7 +553,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--minutes", type=float, help="of training for each (10)")
     parser.add_argument(
-        "--n", type=int, default=runtime.shrink(N, 8), help="pictures a measurement (%(default)s)"
+        "--n", type=int, default=runtime.shrink(N, 8), help="images a measurement (%(default)s)"
     )
     parser.add_argument("--device", help="cpu, cuda, mps; the best one here if left out")
     parser.add_argument(
@@ -582,7 +582,7 @@ def main(arguments: list[str]) -> None:
         try:
             bench.steps()
             if not args.steps_only:
-                bench.pictures()
+                bench.quality()
         except KeyboardInterrupt:
             raise SystemExit(
                 "stopped: the same command goes on from the last turn of each contestant"

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_utils import data, runtime
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was told, so that a clock read now is right."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -36,10 +36,10 @@ def matrix_peak(device: torch.device, precision: torch.dtype) -> float:
     side, best = runtime.shrink(8192 if device.type == "cuda" else 2048, 128), math.inf
     a = torch.randn(side, side, device=device).to(precision)
     for _ in range(8):
-        synchronise(device)
+        synchronize(device)
         began = time.perf_counter()
         a @ a
-        synchronise(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best
 

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ddpm_utils import data, runtime, sampling
 
 from .contestants import CONTESTANTS, Ours, Training
-from .measure import flops_per_image, machine, matrix_peak, synchronise
+from .measure import flops_per_image, machine, matrix_peak, synchronize
 
 # What an operator of the network does, by parts of its name; the first line that fits counts.
 GROUPS = {
@@ -33,7 +33,7 @@ GROUPS = {
         "softmax",
     ),
     "linear layers": ("addmm", "aten::mm", "aten::linear"),
-    "normalisation": ("group_norm", "layer_norm", "batch_norm"),
+    "normalization": ("group_norm", "layer_norm", "batch_norm"),
     "activations": ("silu", "relu", "gelu", "sigmoid"),
     "joins, copies, casts, upsampling": (
         "cat",
@@ -87,11 +87,11 @@ def profile_step(contestant: Training, steps: int) -> tuple[float, dict[str, flo
     device, model = contestant.device, contestant.model.train()
     for _ in range(3):
         contestant.step(0.1)
-    synchronise(device)
+    synchronize(device)
     began = time.perf_counter()
     for _ in range(steps):
         contestant.step(0.1)
-    synchronise(device)
+    synchronize(device)
     seconds = (time.perf_counter() - began) / steps
 
     ranges = []
@@ -114,7 +114,7 @@ def profile_step(contestant: Training, steps: int) -> tuple[float, dict[str, flo
         began = time.perf_counter()
         for _ in range(steps):
             contestant.step(0.1)
-        synchronise(device)
+        synchronize(device)
         wall = time.perf_counter() - began
     before.remove()
     after.remove()
@@ -167,12 +167,12 @@ def time_convolution(
         y = layer(x)
     grad, best = torch.randn_like(y), math.inf
     for _ in range(repeat):
-        synchronise(contestant.device)
+        synchronize(contestant.device)
         began = time.perf_counter()
         with contestant.autocast():
             y = layer(x)
         torch.autograd.grad(y, (x, layer.weight), grad)
-        synchronise(contestant.device)
+        synchronize(contestant.device)
         best = min(best, time.perf_counter() - began)
     places = y if isinstance(layer, nn.Conv2d) else x  # where the kernel is laid down
     products = 2 * len(x) * layer.in_channels * layer.out_channels * math.prod(layer.kernel_size)
@@ -197,11 +197,11 @@ def calls_per_second(contestant: Training, batch: int, calls: int) -> dict[str, 
         for _ in range(3):
             states = make()
             next(states)  # the first call pays for what is prepared once
-            synchronise(device)
+            synchronize(device)
             began = time.perf_counter()
             for _ in range(calls):
                 next(states)
-            synchronise(device)
+            synchronize(device)
             best = min(best, time.perf_counter() - began)
         return calls / best
 

@@ -44,7 +44,7 @@ DDIM_STEPS = 50  # of the common sampler
 SAMPLING_SEED = 1234  # of the noise that all contestants start from
 
 
-class Ruler:
+class FrechetMetric:
     """Fréchet distance to the whole training set in the features of our own classifier, and the
     floor at any n.
     """
@@ -80,8 +80,8 @@ def ddim_steps() -> int:
     return runtime.shrink(DDIM_STEPS, 5)
 
 
-def draw_pictures(contestant: Training, n: int, own: bool, batch: int = 250) -> Tensor:
-    """n pictures (n, 1, H, W) uint8 by the contestant's own sampler or the common one: every
+def draw_images(contestant: Training, n: int, own: bool, batch: int = 250) -> Tensor:
+    """n images (n, 1, H, W) uint8 by the contestant's own sampler or the common one: every
     contestant meets the same noise.
     """
     rng = torch.Generator(contestant.device).manual_seed(SAMPLING_SEED)
@@ -134,9 +134,9 @@ class Bench:
             waiting = [entry for entry in entries if self.missing(*entry, mark)]
             if not waiting:
                 continue
-            if not hasattr(self, "ruler"):  # costs a minute, and nothing where all is done
-                self.ruler = Ruler(*self.sets, self.device)
-                self.floors = {n: self.ruler.floor(n) for n in (self.n, own_n(self.n))}
+            if not hasattr(self, "metric"):  # costs a minute, and nothing where all is done
+                self.metric = FrechetMetric(*self.sets, self.device)
+                self.floors = {n: self.metric.floor(n) for n in (self.n, own_n(self.n))}
             print(f"{minutes(mark)} min: {len(waiting)} trainings in turns", flush=True)
             precisions = {CONTESTANTS[name].precision(self.device) for name in self.plan}
             self.peaks = {
@@ -226,7 +226,7 @@ class Bench:
             own = sampler == "own"
             n = own_n(self.n) if own else self.n
             distance = (
-                self.ruler.distance(draw_pictures(contestant, n, own))
+                self.metric.distance(draw_images(contestant, n, own))
                 if contestant.is_finite()
                 else None
             )
@@ -267,7 +267,7 @@ class Bench:
 
 
 def own_n(n: int) -> int:
-    """How many pictures a contestant's own sampler draws, a thousand calls each: a quarter of n."""
+    """How many images a contestant's own sampler draws, a thousand calls each: a quarter of n."""
     return max(2, n // 4)
 
 

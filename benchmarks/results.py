@@ -185,9 +185,9 @@ def draw_plot(found: dict, path: Path) -> None:
     legible on a dark page too.
     """
     fig, ax = plots.figure(width=7.0, height=4.2)
-    colours = [plots.MODEL, plots.EXTRA, plots.DATA, plots.NOISE, "#E69F00"]
-    for (name, by_mark), colour, sign in zip(
-        found.items(), cycle(colours), cycle("osD^v"), strict=False
+    colors = [plots.MODEL, plots.EXTRA, plots.DATA, plots.NOISE, "#E69F00"]
+    for (name, by_mark), color, sign in zip(
+        found.items(), cycle(colors), cycle("osD^v"), strict=False
     ):
         points = [
             (mark / 60, median(rows) / rows[0]["floor"], rows)
@@ -195,11 +195,11 @@ def draw_plot(found: dict, path: Path) -> None:
             if median(rows)
         ]
         ax.plot(
-            [p[0] for p in points], [p[1] for p in points], color=colour, marker=sign, label=name
+            [p[0] for p in points], [p[1] for p in points], color=color, marker=sign, label=name
         )
         for x, _, rows in points:  # every seed, where there are several
             seeds = [r["distance"] / r["floor"] for r in rows if r["distance"] is not None]
-            ax.plot([x] * len(seeds), seeds, color=colour, marker=sign, markersize=3, linewidth=0.8)
+            ax.plot([x] * len(seeds), seeds, color=color, marker=sign, markersize=3, linewidth=0.8)
     ax.axhline(1, color=plots.REFERENCE, linestyle="--", label="floor: real test images")
     ax.set(
         xscale="log", yscale="log", xlabel="minutes of training", ylabel="Fréchet distance / floor"

@@ -20,8 +20,8 @@ from ddpm_utils import config, data, plots, pretrained, runtime, sampling
 from ddpm_utils.diffusion import Denoiser
 from ddpm_utils.schedules import make_schedule
 
-from .measure import machine, real_sets, synchronise
-from .recipes import Ruler
+from .measure import machine, real_sets, synchronize
+from .recipes import FrechetMetric
 from .results import append, comparable_rows, place_and_command, read_rows, write_csv
 
 # name: (sampler, spacing, eta, the numbers of calls)
@@ -35,7 +35,7 @@ PLAN = {
     "DPM-Solver++ 2M, quadratic": ("dpm", "quadratic", 0.0, [5, 10, 20, 50]),
     "DPM-Solver++ 2M, log-SNR": ("dpm", "log_snr", 0.0, [5, 10, 20, 50]),
 }
-N = 1000  # pictures a measurement
+N = 1000  # images a measurement
 BATCH = 250
 SEED = 0  # of the noise that all start from
 COLUMNS = (
@@ -73,21 +73,29 @@ def draw(
 
 
 def measure(
-    model, cfg, ruler: Ruler, n: int, device, sampler: str, spacing: str, eta: float, calls: int
+    model,
+    cfg,
+    metric: FrechetMetric,
+    n: int,
+    device,
+    sampler: str,
+    spacing: str,
+    eta: float,
+    calls: int,
 ) -> dict:
-    """Fréchet distance of n pictures, and the seconds it took to draw them."""
+    """Fréchet distance of n images, and the seconds it took to draw them."""
     schedule = make_schedule(**cfg.noise()).to(device)
     denoise = Denoiser(model, schedule, cfg.target)
     rng, parts = torch.Generator(device).manual_seed(SEED), []
-    synchronise(device)
+    synchronize(device)
     began = time.perf_counter()
     for first in range(0, n, BATCH):
         shape = (min(BATCH, n - first), cfg.channels, cfg.image_size, cfg.image_size)
         parts.append(draw(denoise, schedule, shape, sampler, spacing, eta, calls, rng))
-    synchronise(device)
+    synchronize(device)
     seconds = time.perf_counter() - began
     return {
-        "distance": ruler.distance(data.to_image_range(torch.cat(parts)).cpu()),
+        "distance": metric.distance(data.to_image_range(torch.cat(parts)).cpu()),
         "seconds": seconds,
     }
 
@@ -113,11 +121,11 @@ def run(out: Path, n: int, device, most: int, command: str) -> None:
     waiting = [point for point in points if point not in done]
     if not waiting:
         return
-    ruler = Ruler(train_set, test_set, device)
-    floor = ruler.floor(n)
+    metric = FrechetMetric(train_set, test_set, device)
+    floor = metric.floor(n)
     for calls, name in waiting:
         sampler, spacing, eta, _ = PLAN[name]
-        found = measure(model, cfg, ruler, n, device, sampler, spacing, eta, calls)
+        found = measure(model, cfg, metric, n, device, sampler, spacing, eta, calls)
         row = {
             "name": name,
             "sampler": sampler,
@@ -173,7 +181,7 @@ def draw_plot(rows: list[dict], path: Path) -> None:
             (row["calls"], row["distance"] / row["floor"]) for row in rows if row["name"] == name
         ]
         ax.loglog(*zip(*points, strict=True), marker=sign, label=name)
-    ax.set(xlabel="network calls a picture", ylabel="Fréchet distance / floor")
+    ax.set(xlabel="network calls an image", ylabel="Fréchet distance / floor")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     fig.savefig(path)
 
@@ -183,7 +191,7 @@ def main(arguments: list[str]) -> None:
         prog="python -m benchmarks.sampling", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument(
-        "--n", type=int, default=runtime.shrink(N, 24), help="pictures a measurement (%(default)s)"
+        "--n", type=int, default=runtime.shrink(N, 24), help="images a measurement (%(default)s)"
     )
     parser.add_argument(
         "--most",

@@ -1,4 +1,4 @@
-"""The code that the lessons of *DDPM from scratch* build, room by room.
+"""The code that the lessons of *DDPM from scratch* build, module by module.
 
 Importing it touches no disk and prints nothing.
 """

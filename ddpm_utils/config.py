@@ -1,4 +1,4 @@
-"""Every knob of a training run in one frozen, validated dataclass."""
+"""Every setting of a training run in one frozen, validated dataclass."""
 
 import dataclasses
 import hashlib
@@ -69,12 +69,12 @@ class TrainConfig:
     """
 
     # data
-    # "fashion_mnist", "mnist", "digits", or a folder of pictures, such as ./faces
+    # "fashion_mnist", "mnist", "digits", or a folder of images, such as ./faces
     dataset: str = "fashion_mnist"
     image_size: int = 28  # pixels a side, 8 … 256
-    channels: int = 1  # 1 (grey) or 3 (RGB)
+    channels: int = 1  # 1 (gray) or 3 (RGB)
     pad: int = 0  # black pixels on each side, within image_size, 0 … less than half of it
-    # of the network's pictures: [−1, 1], or "unit", [0, 1], for the recipe mnist32 alone
+    # of the network's images: [−1, 1], or "unit", [0, 1], for the recipe mnist32 alone
     data_range: str = "symmetric"
     # diffusion
     timesteps: int = 1000  # T, 2 … 10000
@@ -92,11 +92,11 @@ class TrainConfig:
     # f × f pixels become one position with f² times the channels, 1 … 8; 1 leaves the image alone
     fold: int = 2
     time_dim: int = 128  # width of the time embedding, even, 2 … 4096
-    groups: int = 4  # of the group normalisations, 1 … 1024
+    groups: int = 4  # of the group normalizations, 1 … 1024
     heads: int = 4  # of the attention, 1 … 1024; must divide the width of the levels that attend
     dropout: float = 0.0  # in the residual blocks, in training only, 0 … 0.9
     num_classes: int = 0  # labels the network is told, 0 … 10000; 0: no labels
-    # optimisation
+    # optimization
     epochs: float = 1.5  # passes over the training images, 1e-6 … 1e5, may be a fraction
     batch_size: int = 32  # images a step, 1 … 4096
     # share of the labels that training withholds, so that the network can do without, 0 … 1
@@ -128,7 +128,7 @@ class TrainConfig:
             self._one_of(
                 "dataset",
                 DATASETS,
-                f", or give a folder of pictures as a path, such as './{self.dataset}'",
+                f", or give a folder of images as a path, such as './{self.dataset}'",
             )
         self._one_of("schedule", SCHEDULES)
         self._one_of("target", TARGETS)
@@ -214,7 +214,7 @@ class TrainConfig:
 
     @property
     def folder(self) -> Path | None:
-        """The folder of pictures that `dataset` names, or None."""
+        """The folder of images that `dataset` names, or None."""
         return None if self.dataset in DATASETS else Path(self.dataset).expanduser()
 
     def network(self) -> dict:
@@ -321,7 +321,7 @@ def for_this_run(cfg: TrainConfig) -> TrainConfig:
     """`cfg`, or in fast mode the same run with everything that costs time shrunk; betas grow as T
     shrinks, so the noise stays.
 
-    The widths of the gallery's networks are fixed: these see fewer and smaller pictures, of a size
+    The widths of the gallery's networks are fixed: these see fewer and smaller images, of a size
     that all but one can take.
     """
     # brings torch, which a command line that only shows its help does not wait for

@@ -64,7 +64,7 @@ def training_target(
 def predict_x0(
     schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Tensor, target: str = "eps"
 ) -> Tensor:
-    """The clean picture x0_hat that a prediction at (x_t, t) implies: DDPM Eq. 15 for "eps"; √ᾱ·x_t
+    """The clean image x0_hat that a prediction at (x_t, t) implies: DDPM Eq. 15 for "eps"; √ᾱ·x_t
     − √(1−ᾱ)·v for "v".
     """
     alpha_bar_t = at(schedule.alpha_bars, t, x_t)

@@ -1,4 +1,4 @@
-"""A ruler for generated pictures: classifier features, distances between sets of them, and what
+"""Metrics for generated images: classifier features, distances between sets of them, and what
 they cannot see.
 """
 
@@ -111,7 +111,7 @@ def extract_features(classifier: Classifier, images: Tensor, batch_size: int = 1
 
 @torch.no_grad()
 def class_probabilities(classifier: Classifier, features: Tensor) -> Tensor:
-    """What the classifier makes of pictures with these features (N, 96): (N, classes) float64 on
+    """What the classifier makes of images with these features (N, 96): (N, classes) float64 on
     the CPU, rows that sum to 1.
     """
     weight = classifier.head.weight
@@ -154,56 +154,27 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
-def polynomial_mmd(a: Tensor, b: Tensor) -> Tensor:
-    """Unbiased squared maximum mean discrepancy of a (N, D) and b (M, D), kernel k(x, y) = (x·y / D
-    + 1)³ (1801.01401).
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Kernel distance of features (N, D) and (M, D) (KID, Bińkowski et al., 1801.01401, section 3).
 
-    The mean of k within a, plus that within b, minus twice that between them; no feature is
-    compared with itself, so two sets from one distribution give 0 on average at any size, and a
-    value below 0 every other time. A scalar.
-    """
-
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x):
-        k = kernel(x, x)
-        return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))
-
-    return within(a) + within(b) - 2 * kernel(a, b).mean()
-
-
-def kernel_distance(
-    a: Tensor,
-    b: Tensor,
-    subsets: int = 10,
-    subset_size: int | None = None,
-    generator: torch.Generator | None = None,
-) -> tuple[float, float]:
-    """Kernel distance of two sets of features (KID, Bińkowski et al., 1801.01401) and its standard
-    error.
-
-    The mean of `polynomial_mmd` over pairs of random subsets. No two share a feature, so their
-    values are independent and the standard error is honest. Without a `subset_size` they take all
-    that the smaller set has. ValueError if there is too little.
+    The unbiased squared maximum mean discrepancy with the kernel k(x, y) = (x·y / D + 1)³: the mean
+    of k within a, plus that within b, minus twice that between them. No feature is compared with
+    itself, so two sets from one distribution give 0 on average at any size, and a negative value
+    about every other time. Raises ValueError on features that do not fit or are not finite.
     """
     a, b = check_features(a, b)
-    most = min(len(a), len(b))
-    size = most // subsets if subset_size is None else subset_size
-    if subsets < 2 or size < 2 or subsets * size > most:
-        raise ValueError(
-            f"subsets={subsets} of subset_size={size} from {most} features: at least 2 of 2 are "
-            "needed, and no "
-            f"feature may serve twice: try subsets={max(2, min(subsets, most // 2))}"
-        )
-    a, b = (
-        x[torch.randperm(len(x), generator=generator)[: subsets * size]].split(size) for x in (a, b)
-    )
-    values = torch.stack([polynomial_mmd(x, y) for x, y in zip(a, b, strict=True)])
-    return values.mean().item(), (values.std() / subsets**0.5).item()
+
+    def total(x, y):  # a thousand rows at a time, or the matrix of all pairs fills the memory
+        return sum(((part @ y.T / y.shape[1] + 1) ** 3).sum() for part in x.split(1000))
+
+    def within(x):
+        itself = ((x.square().sum(dim=1) / x.shape[1] + 1) ** 3).sum()
+        return (total(x, x) - itself) / (len(x) * (len(x) - 1))
+
+    return (within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b))).item()
 
 
-def neighbour_radii(features: Tensor, k: int) -> Tensor:
+def neighbor_radii(features: Tensor, k: int) -> Tensor:
     """The distance of each feature (N, D) to its k-th nearest other: (N,).
 
     ValueError unless 1 ≤ k < N.
@@ -220,14 +191,14 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     """Improved precision and recall (Kynkäänniemi et al., 1904.06991, Eq. 1–2) of fake (M, D)
     against real features (N, D).
 
-    Around each feature lies a ball that reaches to its k-th nearest neighbour. Precision: the share
+    Around each feature lies a ball that reaches to its k-th nearest neighbor. Precision: the share
     of fakes inside some real ball. Recall: the share of reals inside some fake ball. Both change
     with N and M: compare at equal numbers.
     """
     real, fake = check_features(real, fake)
 
     def share_inside(points, others):
-        radii = neighbour_radii(others, k)
+        radii = neighbor_radii(others, k)
         inside = [(torch.cdist(part, others) <= radii).any(dim=1) for part in points.split(1000)]
         return torch.cat(inside).double().mean().item()
 
@@ -235,14 +206,14 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
 
 def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
-    """The share of real features whose ball, reaching to the k-th nearest real neighbour, holds a
+    """The share of real features whose ball, reaching to the k-th nearest real neighbor, holds a
     fake (Naeem, 2002.09797).
 
     Unlike recall it builds no ball around a fake, so a few odd samples cannot cover much.
     """
     real, fake = check_features(real, fake)
     nearest = torch.cat([torch.cdist(part, fake).amin(dim=1) for part in real.split(1000)])
-    return (nearest <= neighbour_radii(real, k)).double().mean().item()
+    return (nearest <= neighbor_radii(real, k)).double().mean().item()
 
 
 def check_features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,7 +228,7 @@ def check_features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             )
         if not x.isfinite().all():
             raise ValueError(
-                "features hold NaN or infinite values: look at the pictures and at the classifier"
+                "features hold NaN or infinite values: look at the images and at the classifier"
             )
     if a.shape[1] != b.shape[1]:
         raise ValueError(
@@ -268,11 +239,10 @@ def check_features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the ruler reads off one set of features."""
+    """What is measured on one set of features."""
 
     frechet: float
     kernel: float
-    kernel_error: float
     precision: float
     recall: float
     coverage: float
@@ -280,13 +250,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Report:
-    """The scores of n samples beside the floor: those of n held-out real images against the same
-    reference.
+    """The scores of n samples beside the floor: those of n held-out real images.
 
-    `floor` is the mean over `draws` sets of n that share no image (its kernel_error that of one
-    set), and `floor_spread` the standard deviation of their Fréchet distances, NaN for one draw.
-    `classes`, `real_classes`: the share of each class among the samples and among all held-out
-    images, as the classifier sees them.
+    `floor` is the mean over `draws` sets of n that share no image, and `floor_spread` the standard
+    deviation of their scores, NaN for one draw. `classes` and `real_classes` are the share of each
+    class among the samples and among all held-out images, as the classifier sees them.
     """
 
     n: int
@@ -294,69 +262,68 @@ class Report:
     draws: int
     samples: Scores
     floor: Scores
-    floor_spread: float
+    floor_spread: Scores
     classes: tuple[float, ...]
     real_classes: tuple[float, ...]
     note: str = "features of our own classifier, not Inception: compare within this project only"
 
     @property
     def ratio(self) -> float:
-        """Fréchet distance over its floor: 1 is what real pictures reach."""
+        """Fréchet distance over its floor: 1 is what real images reach."""
         return self.samples.frechet / self.floor.frechet
 
     def to_dict(self) -> dict:
         """Plain values only, fit for JSON."""
-        spread = None if math.isnan(self.floor_spread) else self.floor_spread
-        return {**asdict(self), "floor_spread": spread, "ratio": self.ratio}
+        values = {**asdict(self), "ratio": self.ratio}
+        if self.draws == 1:
+            values["floor_spread"] = None
+        return values
 
     def __str__(self) -> str:
-        def line(name, mine, real):
-            return f"{name:18}{mine:>18}{real:>18}"
+        def line(name, mine, real, spread=""):
+            return f"{name:18}{mine:>12}{real:>12}{spread}"
 
-        s, f, times = (
-            self.samples,
-            self.floor,
-            f" (mean of {self.draws} draws)" if self.draws > 1 else "",
-        )
+        def scored(name, field, digits):
+            mine, real, spread = (
+                f"{getattr(scores, field):.{digits}f}"
+                for scores in (self.samples, self.floor, self.floor_spread)
+            )
+            return line(name, mine, real, f" ± {spread}" if self.draws > 1 else "")
+
+        draws = f", mean ± deviation of {self.draws} draws" if self.draws > 1 else ""
         return "\n".join(
             [
                 f"n = {self.n:,} samples against {self.reference_n:,} real images; floor: "
-                f"{self.n:,} held-out images{times}",
+                f"{self.n:,} held-out images{draws}",
                 f"({self.note})",
                 line("", "samples", "floor"),
-                line("Fréchet distance", f"{s.frechet:.2f}", f"{f.frechet:.2f}")
-                + f"   ratio {self.ratio:.2f}",
-                line(
-                    "kernel distance",
-                    *(f"{one.kernel:.2f} ± {one.kernel_error:.2f}" for one in (s, f)),
-                ),
-                *(
-                    line(name, f"{getattr(s, name):.3f}", f"{getattr(f, name):.3f}")
-                    for name in ("precision", "recall", "coverage")
-                ),
+                scored("Fréchet distance", "frechet", 2) + f"   ratio {self.ratio:.2f}",
+                scored("kernel distance", "kernel", 2),
+                scored("precision", "precision", 3),
+                scored("recall", "recall", 3),
+                scored("coverage", "coverage", 3),
                 line("rarest class", f"{min(self.classes):.1%}", f"{min(self.real_classes):.1%}"),
-                line(
-                    "commonest class", f"{max(self.classes):.1%}", f"{max(self.real_classes):.1%}"
-                ),
+                line("largest class", f"{max(self.classes):.1%}", f"{max(self.real_classes):.1%}"),
             ]
         )
 
 
-def score(features: Tensor, reference: Tensor, generator: torch.Generator | None = None) -> Scores:
-    """Every figure for features (n, D) against `reference` (N, D), N ≥ n.
+KERNEL_REFERENCE = 10_000  # reference features that a kernel distance is taken to, at most
 
-    The Fréchet distance is taken to the whole reference; the others, which change with its size, to
-    a random n of it.
+
+def score(features: Tensor, reference: Tensor, generator: torch.Generator | None = None) -> Scores:
+    """Every score of features (n, D) against `reference` (N, D), N ≥ n.
+
+    The Fréchet distance is taken to the whole reference, and the kernel distance to a random 10,000
+    of it at most, whose pairs can be counted in a second. Precision, recall and coverage, which
+    change with the size of the reference, are taken to a random n of it.
     """
-    same = reference[torch.randperm(len(reference), generator=generator)[: len(features)]]
-    kernel, error = kernel_distance(features, same, generator=generator)
-    precision, recall = precision_recall(same, features)
+    order = torch.randperm(len(reference), generator=generator)
+    same, many = reference[order[: len(features)]], reference[order[:KERNEL_REFERENCE]]
     return Scores(
         frechet_distance(features, reference),
-        kernel,
-        error,
-        precision,
-        recall,
+        kernel_distance(features, many),
+        *precision_recall(same, features),
         coverage(same, features),
     )
 
@@ -364,12 +331,11 @@ def score(features: Tensor, reference: Tensor, generator: torch.Generator | None
 def compare(
     classifier: Classifier, samples: Tensor, reference: Tensor, held_out: Tensor, seed: int = 0
 ) -> Report:
-    """Hold samples (n, C, H, W) uint8 against the features of real images, and held-out real images
-    against the same.
+    """Compare samples (n, C, H, W) uint8, and held-out real images, with the same real features.
 
     reference (N, D), held_out (M, D): features of the training and of the test set. The floor is
-    the mean over as many draws of n held-out images as share none, at most ten. ValueError if N or
-    M is below n: a floor at another n would be no floor.
+    the mean over as many draws of n held-out images as share none, at most ten. Raises ValueError
+    if N or M is below n: a floor at another n would be no floor.
     """
     check_features(reference, held_out)
     n, most = len(samples), min(len(reference), len(held_out))
@@ -380,34 +346,37 @@ def compare(
         )
     rng = torch.Generator().manual_seed(seed)
     features = extract_features(classifier, samples)
-    draws = [
-        part
-        for part in held_out[torch.randperm(len(held_out), generator=rng)].split(n)[:10]
-        if len(part) == n
-    ]
+    shuffled = held_out[torch.randperm(len(held_out), generator=rng)]
+    draws = [part for part in shuffled.split(n)[:10] if len(part) == n]
+    # the scores of the samples, and of each draw of real images
     mine = score(features, reference, rng)
-    real = torch.tensor(
-        [astuple(score(part, reference, rng)) for part in draws], dtype=torch.float64
-    )
-    spread = real[:, 0].std().item() if len(draws) > 1 else math.nan
-    predictions = [
-        class_probabilities(classifier, some).argmax(dim=1) for some in (features, held_out)
-    ]
-    shares = [
-        tuple(class_histogram(some, classifier.head.out_features).tolist()) for some in predictions
-    ]
+    floors = [astuple(score(part, reference, rng)) for part in draws]
+    floors = torch.tensor(floors, dtype=torch.float64)
+    spread = floors.std(dim=0) if len(draws) > 1 else torch.full_like(floors[0], math.nan)
+    # the classes that the classifier sees
+    shares = []
+    for some in (features, held_out):
+        predictions = class_probabilities(classifier, some).argmax(dim=1)
+        histogram = class_histogram(predictions, classifier.head.out_features)
+        shares.append(tuple(histogram.tolist()))
     return Report(
-        n, len(reference), len(draws), mine, Scores(*real.mean(dim=0).tolist()), spread, *shares
+        n,
+        len(reference),
+        len(draws),
+        mine,
+        Scores(*floors.mean(dim=0).tolist()),
+        Scores(*spread.tolist()),
+        *shares,
     )
 
 
-def nearest_neighbours(
+def nearest_neighbors(
     queries: Tensor, points: Tensor, k: int = 1, chunk: int = 8192
 ) -> tuple[Tensor, Tensor]:
     """The k points nearest to each query by Euclidean distance: distances (N, k) float64,
     ascending, and indices (N, k).
 
-    queries (N, …), points (M, …): pictures of any dtype (uint8 gives distances in grey levels) or
+    queries (N, …), points (M, …): images of any dtype (uint8 gives distances in gray levels) or
     features. They are found in float32 by |q|² + |p|² − 2q·p, `chunk` points at a time, and their
     distances then taken exactly: a copy has distance 0.
     """
@@ -439,7 +408,7 @@ def nearest_neighbours(
 
 
 @dataclass(frozen=True)
-class Memorisation:
+class Memorization:
     """Distances of samples (n, 2) and of held-out real images (m, 2) to their two nearest training
     images.
 
@@ -460,7 +429,7 @@ class Memorisation:
         """The share of samples, and of held-out images, with the nearest training image below
         `ratio` times as far as the second.
 
-        The criterion of Gu et al. (2310.02664). It is blind where the training set holds a picture
+        The criterion of Gu et al. (2310.02664). It is blind where the training set holds an image
         twice.
         """
         return tuple(
@@ -469,16 +438,16 @@ class Memorisation:
         )
 
 
-def memorisation(samples: Tensor, train_images: Tensor, held_out: Tensor) -> Memorisation:
+def memorization(samples: Tensor, train_images: Tensor, held_out: Tensor) -> Memorization:
     """How near samples come to the training set, and how near held-out real images of the same kind
     come.
 
-    All three are pictures (N, C, H, W) uint8, for pixel distance, or features (N, D). Only the
+    All three are images (N, C, H, W) uint8, for pixel distance, or features (N, D). Only the
     held-out images tell what is near: blurred samples are nearer to everything. With Meehan et al.
     (2004.05675): copying is to be nearer than they are.
     """
-    distances, indices = nearest_neighbours(samples, train_images, k=2)
-    return Memorisation(distances, nearest_neighbours(held_out, train_images, k=2)[0], indices)
+    distances, indices = nearest_neighbors(samples, train_images, k=2)
+    return Memorization(distances, nearest_neighbors(held_out, train_images, k=2)[0], indices)
 
 
 def gaussian_kl(mean_a: Tensor, var_a: Tensor, mean_b: Tensor, var_b: Tensor) -> Tensor:
@@ -488,7 +457,7 @@ def gaussian_kl(mean_a: Tensor, var_a: Tensor, mean_b: Tensor, var_b: Tensor) ->
     return 0.5 * (var_b.log() - var_a.log() + (var_a + (mean_a - mean_b) ** 2) / var_b - 1)
 
 
-def discretised_log_likelihood(x0: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+def discretized_log_likelihood(x0: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """ln of the mass that N(mean, var) gives to the bin of each x0, in nats (DDPM Eq. 13).
 
     x0 takes the 256 values −1 … 1; a bin reaches 1/255 to either side, the outermost to infinity,
@@ -550,7 +519,7 @@ def bound_term(
     nats, first = gaussian_kl(mean, var, mean_hat, var_hat), t == 0
     if first.any():
         decoder = q_posterior(schedule, x0[:1], x_t[:1], t.new_tensor([1]))[1]
-        nats[first] = -discretised_log_likelihood(x0[first].double(), mean_hat[first], decoder)
+        nats[first] = -discretized_log_likelihood(x0[first].double(), mean_hat[first], decoder)
     return nats.flatten(1).mean(dim=1) / math.log(2)
 
 

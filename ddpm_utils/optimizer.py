@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .config import TrainConfig
 
 
-def orthogonalise(matrices: Tensor, turns: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, turns: int = 5) -> Tensor:
     """The same singular vectors, every singular value brought near 1 (between 0.7 and 1.2): the
     direction, without the sizes.
 
@@ -28,7 +28,7 @@ def orthogonalise(matrices: Tensor, turns: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, except that a convolution's weight moves by its orthogonalised momentum (Jordan et al.
+    """AdamW, except that a convolution's weight moves by its orthogonalized momentum (Jordan et al.
     2024; 2502.16982, Eq. 4).
 
     That weight is taken as the matrix (c_out, height · width · c_in), which is its order in memory.
@@ -59,7 +59,7 @@ class Muon(torch.optim.AdamW):
             if not state:  # AdamW wants to see a step when it loads what was saved
                 state |= {"momentum": torch.zeros_like(gradient), "step": torch.zeros(())}
             momentum = state["momentum"].lerp_(gradient, 1 - self.momentum)
-            steps = orthogonalise(gradient.lerp(momentum, self.momentum))  # Nesterov's look ahead
+            steps = orthogonalize(gradient.lerp(momentum, self.momentum))  # Nesterov's look ahead
             rate = group["lr"] * 0.2 * max(group["shape"]) ** 0.5
             for weight, step in zip(weights, steps, strict=True):
                 rows = weight.movedim(1, -1)

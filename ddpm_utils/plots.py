@@ -1,4 +1,4 @@
-"""Pictures in one style: grids, strips, axes for curves, GIFs.
+"""Images in one style: grids, strips, axes for curves, GIFs.
 
 Takes images in model range [−1, 1]; never calls `plt.show()`.
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .data import to_image_range
 
-# One colour a role, from the colour-blind-safe set of Okabe and Ito.
+# One color a role, from the color-blind-safe set of Okabe and Ito.
 DATA, NOISE, MODEL, REFERENCE, EXTRA = "#0072B2", "#D55E00", "#009E73", "#767676", "#CC79A7"
 STYLE = {
     "figure.dpi": 90,
@@ -47,7 +47,7 @@ STYLE = {
 
 
 @dataclass(frozen=True)
-class Picture:
+class Image:
     """Bytes of a PNG or a GIF with a text for those who cannot see it; a cell that ends in one
     shows it.
 
@@ -61,7 +61,7 @@ class Picture:
 
     def __post_init__(self):
         if not self.alt.strip():
-            raise ValueError("alt is empty: say in a sentence what the picture shows")
+            raise ValueError("alt is empty: say in a sentence what the image shows")
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         metadata = {"alt": self.alt} | ({"width": self.width} if self.width else {})
@@ -82,21 +82,21 @@ def figure(
     return fig, fig.subplots(rows, cols, **subplots)
 
 
-def show(fig: Figure, alt: str) -> Picture:
-    """Turn a figure into a Picture; `alt` says in a sentence what it shows.
+def show(fig: Figure, alt: str) -> Image:
+    """Turn a figure into an Image; `alt` says in a sentence what it shows.
 
     Raises ValueError on an empty alt.
     """
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=STYLE["savefig.dpi"])
     pixels = iio.imread(buffer.getvalue(), extension=".png")[..., :3]
-    if (pixels == pixels[..., :1]).all():  # grey: one channel says it all, in half of the bytes
+    if (pixels == pixels[..., :1]).all():  # gray: one channel says it all, in half of the bytes
         pixels = pixels[..., 0]
-    return Picture(iio.imwrite("<bytes>", pixels, extension=".png", optimize=True), alt)
+    return Image(iio.imwrite("<bytes>", pixels, extension=".png", optimize=True), alt)
 
 
 def tile(x: Tensor, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """(N, C, H, W) in model range → one uint8 picture (rows, columns[, 3]) with white gaps; the
+    """(N, C, H, W) in model range → one uint8 image (rows, columns[, 3]) with white gaps; the
     last row is padded with white.
 
     Raises ValueError unless x is a batch of 1- or 3-channel images.
@@ -110,9 +110,9 @@ def tile(x: Tensor, columns: int | None = None, gap: int = 2) -> np.ndarray:
     pixels = to_image_range(x.detach().cpu())
     pixels = torch.nn.functional.pad(pixels, (0, gap, 0, gap), value=255)
     blank = torch.full_like(pixels[:1], 255).expand(-len(x) % columns, -1, -1, -1)
-    picture = rearrange(torch.cat([pixels, blank]), "(r k) c h w -> (r h) (k w) c", k=columns)
-    picture = picture[: picture.shape[0] - gap, : picture.shape[1] - gap] if gap else picture
-    return picture.squeeze(-1).numpy()
+    image = rearrange(torch.cat([pixels, blank]), "(r k) c h w -> (r h) (k w) c", k=columns)
+    image = image[: image.shape[0] - gap, : image.shape[1] - gap] if gap else image
+    return image.squeeze(-1).numpy()
 
 
 def grid(
@@ -171,7 +171,7 @@ def _imshow(ax, pixels: np.ndarray) -> None:
 
 
 def frame_times(timesteps: int, frames: int) -> list[int]:
-    """`frames` values of t, evenly spread from T−1 down to −1 (the finished picture), both always
+    """`frames` values of t, evenly spread from T−1 down to −1 (the finished image), both always
     there.
 
     Raises ValueError if frames is below 2. With more frames than steps some t come twice.
@@ -188,14 +188,14 @@ def save_gif(
     ms: int = 60,
     hold_ms: int = 1500,
     scale: int = 1,
-    greys: int = 16,
+    grays: int = 16,
 ) -> Path:
     """Write one animated grid: frames is a sequence of (N, C, H, W) in model range, all of one
     shape; loops for ever.
 
     Every frame is converted by the same fixed rule, so nothing flickers. `ms` is the time of a
     frame, `hold_ms` that of the last, both in milliseconds (GIF counts in tens); `scale` enlarges
-    each pixel; `greys` levels (2 … 256) keep noise small on disk. Raises ValueError on no frames,
+    each pixel; `grays` levels (2 … 256) keep noise small on disk. Raises ValueError on no frames,
     on frames that are no floats in model range, or of different shapes.
     """
     frames = list(frames)
@@ -208,27 +208,27 @@ def save_gif(
             f"frames have different shapes: {sorted({tuple(f.shape) for f in frames})}"
         )
     for name, value, low, high in (
-        ("greys", greys, 2, 256),
+        ("grays", grays, 2, 256),
         ("scale", scale, 1, 64),
         ("ms", ms, 10, 60_000),
         ("hold_ms", hold_ms, 10, 60_000),
     ):
         if not low <= value <= high:
             raise ValueError(f"{name}={value} is outside {low} … {high}")
-    step = 255 / (greys - 1)
-    pictures = []
+    step = 255 / (grays - 1)
+    images = []
     for frame in frames:
-        picture = tile(frame, columns, gap=1)
-        picture = (np.round(np.round(picture / step) * step)).astype(np.uint8)
-        pictures.append(picture.repeat(scale, axis=0).repeat(scale, axis=1))
+        image = tile(frame, columns, gap=1)
+        image = (np.round(np.round(image / step) * step)).astype(np.uint8)
+        images.append(image.repeat(scale, axis=0).repeat(scale, axis=1))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # one frame takes no list
-    times = [ms] * (len(pictures) - 1) + [hold_ms] if len(pictures) > 1 else hold_ms
-    iio.imwrite(path, np.stack(pictures), extension=".gif", is_batch=True, duration=times, loop=0)
+    times = [ms] * (len(images) - 1) + [hold_ms] if len(images) > 1 else hold_ms
+    iio.imwrite(path, np.stack(images), extension=".gif", is_batch=True, duration=times, loop=0)
     return path
 
 
-def show_file(path: Path | str, alt: str, width: int = 320) -> Picture:
-    """The GIF or PNG at `path` as a Picture, shown `width` pixels wide."""
-    return Picture(Path(path).read_bytes(), alt, width)
+def show_file(path: Path | str, alt: str, width: int = 320) -> Image:
+    """The GIF or PNG at `path` as an Image, shown `width` pixels wide."""
+    return Image(Path(path).read_bytes(), alt, width)

@@ -1,9 +1,9 @@
 """The recipes of the four source tutorials, whose networks stand in `gallery`: how each trains, and
-which pictures it draws.
+which images it draws.
 
 What they share: T = 1000 linear betas, ε as target, t drawn uniformly, Adam, and, but for the
 guide, a constant rate without clipping. None tells its network labels, and none clamps x̂0 on the
-way: the finished picture alone is cut to its range.
+way: the finished image alone is cut to its range.
 """
 
 from dataclasses import dataclass
@@ -30,13 +30,13 @@ class Recipe:
 
     The rest: what is drawn from the trained network, by ancestral sampling in all T steps.
 
-    pictures: in the grid; columns: of the grid; variance: "beta" or "beta_tilde"; strip: the times
-    of T = 1000 at which every picture is shown on its way, () for no strip; frames, filmed: of the
-    GIF and pictures in it, 0 for no GIF.
+    images: in the grid; columns: of the grid; variance: "beta" or "beta_tilde"; strip: the times
+    of T = 1000 at which every image is shown on its way, () for no strip; frames, filmed: of the
+    GIF and images in it, 0 for no GIF.
     """
 
     config: dict
-    pictures: int
+    images: int
     columns: int
     variance: str = "beta"
     strip: tuple[int, ...] = ()
@@ -45,9 +45,9 @@ class Recipe:
 
 
 RECIPES = {
-    # Faces, in colour, from a folder that the reader brings: there is no default. As published it
+    # Faces, in color, from a folder that the reader brings: there is no default. As published it
     # keeps the weights of the epoch with the lowest loss in training; here best.pt has the lowest
-    # loss on pictures held out.
+    # loss on images held out.
     "anime": Recipe(
         SHARED
         | {
@@ -58,7 +58,7 @@ RECIPES = {
             "lr": 1e-4,
             "epochs": 50.0,
         },
-        pictures=12,
+        images=12,
         columns=6,
         variance="beta_tilde",
     ),
@@ -74,7 +74,7 @@ RECIPES = {
             "lr": 1e-3,
             "epochs": 20.0,
         },
-        pictures=100,
+        images=100,
         columns=10,
         frames=100,
         filmed=16,
@@ -96,7 +96,7 @@ RECIPES = {
             "decay_from": 0.0,
             "lr_floor": 0.02,
         },
-        pictures=16,
+        images=16,
         columns=4,
     ),
     # Images in [0, 1]: a range that exists in this recipe alone. Its average is timm's, 0.9999 from
@@ -116,7 +116,7 @@ RECIPES = {
             "epochs": 75.0,
             "ema_decay": 0.9999,
         },
-        pictures=10,
+        images=10,
         columns=5,
         strip=(999, 700, 550, 400, 300, 200, 100, 50, 15, 0),
     ),
@@ -126,8 +126,8 @@ RECIPES = {
 def fields(name: str, **chosen) -> dict:
     """Fields of `TrainConfig`: those `chosen`, over those of the recipe `name`.
 
-    The data sets are grey, whatever the recipe; pictures of a folder are read as the recipe's
-    network takes them. Raises ValueError on an unknown name, and if the recipe is for pictures of
+    The data sets are gray, whatever the recipe; images of a folder are read as the recipe's
+    network takes them. Raises ValueError on an unknown name, and if the recipe is for images of
     your own and `chosen` names none.
     """
     if name not in RECIPES:
@@ -137,7 +137,7 @@ def fields(name: str, **chosen) -> dict:
     merged = RECIPES[name].config | chosen
     if "dataset" not in merged:
         raise ValueError(
-            f"the recipe {name!r} is for pictures of your own: name their folder, as in --dataset "
+            f"the recipe {name!r} is for images of your own: name their folder, as in --dataset "
             "./faces"
         )
     if merged["dataset"] in DATASETS and "channels" not in chosen:

@@ -108,13 +108,13 @@ def check_betas(betas: Tensor) -> Tensor:
         i = int(bad[0])
         raise ValueError(
             f"betas[{i}]={betas[i].item():g} is outside (0, 1): a step may remove some of the "
-            "picture, not none or all"
+            "image, not none or all"
         )
     return betas
 
 
 def warn_if_signal_remains(betas: Tensor, alpha_bars: Tensor, visible: float = 0.05) -> None:
-    """Warn if x_T still holds more than `visible` times the picture: sampling starts from pure
+    """Warn if x_T still holds more than `visible` times the image: sampling starts from pure
     noise and would not match.
     """
     left = alpha_bars[-1].sqrt().item()
@@ -130,7 +130,7 @@ def warn_if_signal_remains(betas: Tensor, alpha_bars: Tensor, visible: float = 0
         else f"Multiply the betas by about {factor:.3g}, or take more timesteps"
     )
     warnings.warn(
-        f"the last step still holds {left:.2f} of the picture "
+        f"the last step still holds {left:.2f} of the image "
         f"(alpha_bars[-1]={alpha_bars[-1].item():.3g}), but sampling starts "
         f"from pure noise. {advice}.",
         stacklevel=3,

@@ -34,28 +34,19 @@ def zero_init(layer: nn.Module) -> nn.Module:
     return layer
 
 
-class GroupNorm32(nn.GroupNorm):
-    """Group normalisation (1803.08494) in its weights' float32, whatever comes in: bfloat16 lacks
-    the digits for a variance.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
-
-
 class ResBlock(nn.Module):
     """(B, c_in, H, W), (B, time_dim) → (B, c_out, H, W): two convolutions beside a shortcut.
 
-    Time scales and shifts what runs between the two, after the second normalisation (as in Improved
+    Time scales and shifts what runs between the two, after the second normalization (as in Improved
     DDPM), which therefore cannot undo it.
     """
 
     def __init__(self, c_in: int, c_out: int, time_dim: int, groups: int = 4, dropout: float = 0.0):
         super().__init__()
-        self.norm1 = GroupNorm32(groups, c_in)
+        self.norm1 = nn.GroupNorm(groups, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(time_dim, 2 * c_out)
-        self.norm2 = GroupNorm32(groups, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
@@ -73,7 +64,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int = 4, groups: int = 4):
         super().__init__()
         self.heads = heads
-        self.norm = GroupNorm32(groups, channels)
+        self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
@@ -131,7 +122,7 @@ class UpLevel(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, c_in, H, W) → (B, c_out, 2H, 2W): nearest neighbour, then a convolution that smooths the
+    """(B, c_in, H, W) → (B, c_out, 2H, 2W): nearest neighbor, then a convolution that smooths the
     blocks away.
     """
 
@@ -181,7 +172,7 @@ class UNet(nn.Module):
         self.shrinks = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
         self.ups = nn.ModuleList(UpLevel(w, blocks, time_dim, groups, dropout) for w in widths)
         self.grows = nn.ModuleList(Upsample(b, a) for a, b in pairs)
-        self.norm = GroupNorm32(groups, widths[0])
+        self.norm = nn.GroupNorm(groups, widths[0])
         self.head = zero_init(nn.Conv2d(widths[0], channels * fold**2, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

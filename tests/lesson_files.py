@@ -38,8 +38,8 @@ def outputs_of(notebook) -> list:
     return [output for cell in code_cells(notebook) for output in cell.outputs]
 
 
-def pictures_of(notebook) -> list[bytes]:
-    """The decoded bytes of every picture in the outputs."""
+def images_of(notebook) -> list[bytes]:
+    """The decoded bytes of every image in the outputs."""
     import base64
 
     found = [output.get("data", {}).get("image/png") for output in outputs_of(notebook)]

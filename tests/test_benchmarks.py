@@ -38,14 +38,14 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("same_numbers_every_time")
 
 
-def pictures(n=64, size=28):
+def images(n=64, size=28):
     return torch.randint(0, 256, (n, 1, size, size), generator=torch.Generator().manual_seed(3)).to(
         torch.uint8
     )
 
 
 def contestant(name, n=64, seed=0):
-    made = CONTESTANTS[name](pictures(n), seed, CPU)
+    made = CONTESTANTS[name](images(n), seed, CPU)
     if name != "ours":
         made.batch_size = min(made.batch_size, 4)
     return made
@@ -105,7 +105,7 @@ def test_the_sketch_attends_once_at_7_by_7_with_four_heads(monkeypatch):
 
 
 def test_rate_average_and_batch_of_the_sketch():
-    made = Sketch(pictures(128), 0, CPU)
+    made = Sketch(images(128), 0, CPU)
     made.steps = 0
     assert made.rate(0.0) == pytest.approx(2e-5)
     made.steps = 5000
@@ -168,7 +168,7 @@ def test_diffusers_follows_the_cosine_rate_of_its_tutorial():
 
 
 def test_article_trains_as_published(own_folders):
-    made = Article(pictures(), 0, CPU)
+    made = Article(images(), 0, CPU)
     group = made.optimizer.param_groups[0]
     assert type(made.optimizer) is torch.optim.Adam
     assert (made.rate(0.0), made.rate(1.0), group["weight_decay"], made.batch_size) == (
@@ -240,7 +240,7 @@ def test_ours_is_the_packages_own_training_bit_for_bit(fast):
     made = contestant("ours", 640)
     state = training.TrainState(made.cfg, contestant("ours", 640).model)
     total = made.cfg.steps(640)
-    for record in runs.train(state, pictures(640)):
+    for record in runs.train(state, images(640)):
         assert record.total == total == 20
         made.step(record.step / total - 1 / total)
     assert torch.equal(weights(made.model), weights(state.model))
@@ -347,7 +347,7 @@ def test_compiled_ours_is_ours(fast, monkeypatch):
     """
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, mode: real(model, backend="aot_eager"))
-    plain, compiled = contestant("ours"), Ours(pictures(), 0, CPU, compiled=True)
+    plain, compiled = contestant("ours"), Ours(images(), 0, CPU, compiled=True)
     compiled.warm_up()
     for made in (plain, compiled):
         made.step(0.0)
@@ -403,7 +403,7 @@ class Steady(Sleeper):
 
 
 def test_the_clock_runs_in_turns_alone(fast):
-    made = Sleeper(pictures(), 0, CPU)
+    made = Sleeper(images(), 0, CPU)
     Sleeper.log.clear()
     made.turn(0.1, 0.05)
     after = made.seconds
@@ -422,18 +422,18 @@ def test_the_clock_runs_in_turns_alone(fast):
 
 @pytest.fixture
 def bench(fast, monkeypatch):
-    """Builds a Bench of sleepers with a ruler that looks at nothing; keyword arguments go to the
+    """Builds a Bench of sleepers with a metric that looks at nothing; keyword arguments go to the
     Bench.
     """
     monkeypatch.setitem(CONTESTANTS, "ours", Sleeper)
     monkeypatch.setitem(CONTESTANTS, "article", Steady)
-    monkeypatch.setattr(recipes, "draw_pictures", lambda made, n, own: (n, own, made.seconds))
+    monkeypatch.setattr(recipes, "draw_images", lambda made, n, own: (n, own, made.seconds))
     monkeypatch.setattr(recipes, "flops_per_image", lambda *args: 1e6)
     monkeypatch.setattr(
         runtime, "shrink", lambda full, fast: 0.02 if full == recipes.TURN else fast
     )
 
-    class Ruler:
+    class FrechetMetric:
         def __init__(self, *args):
             pass
 
@@ -443,7 +443,7 @@ def bench(fast, monkeypatch):
         def floor(self, n):
             return 100.0 / n
 
-    monkeypatch.setattr(recipes, "Ruler", Ruler)
+    monkeypatch.setattr(recipes, "FrechetMetric", FrechetMetric)
     Sleeper.log.clear()
 
     def build(plan, n=8):
@@ -537,17 +537,17 @@ def test_what_was_left_of_another_mark_is_not_gone_on_with(bench, monkeypatch):
 
 
 def test_a_cut_between_two_samplers_repeats_only_the_second(bench, monkeypatch):
-    plan, draw = {"article": {0.05: [0]}}, recipes.draw_pictures
+    plan, draw = {"article": {0.05: [0]}}, recipes.draw_images
 
     def stop(made, n, own):
         if own:
             raise KeyboardInterrupt
         return draw(made, n, own)
 
-    monkeypatch.setattr(recipes, "draw_pictures", stop)
+    monkeypatch.setattr(recipes, "draw_images", stop)
     with pytest.raises(KeyboardInterrupt):
         bench(plan).run()
-    monkeypatch.setattr(recipes, "draw_pictures", draw)
+    monkeypatch.setattr(recipes, "draw_images", draw)
     Sleeper.log.clear()
     bench(plan).run()
     assert Sleeper.log == []
@@ -609,7 +609,7 @@ def test_the_plan_measures_what_it_should(own_folders):
     assert recipes.choose(recipes.PLAN, ["sketch"], [5], [4]) == {"sketch": {300: [4]}}
 
 
-# --- the ruler
+# --- the metric
 
 
 def test_floor_and_distance_at_any_n(fast, monkeypatch):
@@ -619,18 +619,18 @@ def test_floor_and_distance_at_any_n(fast, monkeypatch):
     train_set, test_set = (
         recipes.data.load_images("digits", split, say=False) for split in ("train", "test")
     )
-    ruler = recipes.Ruler(train_set.first(300), test_set.first(100), CPU)
-    draws = ruler.real[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
+    metric = recipes.FrechetMetric(train_set.first(300), test_set.first(100), CPU)
+    draws = metric.real[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
     expected = [
-        evaluation.frechet_distance(draws[i : i + 30], ruler.reference) for i in (0, 30, 60)
+        evaluation.frechet_distance(draws[i : i + 30], metric.reference) for i in (0, 30, 60)
     ]
-    assert ruler.floor(30) == pytest.approx(sum(expected) / 3)
+    assert metric.floor(30) == pytest.approx(sum(expected) / 3)
     # the smaller the sample, the larger its own error
-    assert ruler.floor(10) > ruler.floor(30) > ruler.floor(100)
-    assert ruler.distance(train_set.images[:300]) == pytest.approx(0, abs=1e-4)
-    assert ruler.distance(255 - test_set.images[:100]) > ruler.distance(test_set.images[:100])
+    assert metric.floor(10) > metric.floor(30) > metric.floor(100)
+    assert metric.distance(train_set.images[:300]) == pytest.approx(0, abs=1e-4)
+    assert metric.distance(255 - test_set.images[:100]) > metric.distance(test_set.images[:100])
     with pytest.raises(ValueError, match="n=101 .* 100 test images"):
-        ruler.floor(101)
+        metric.floor(101)
 
 
 def answer_zero(met, module, args, out):
@@ -646,7 +646,7 @@ def test_every_contestant_meets_the_same_noise_and_shows_its_average(fast):
             p.data.fill_(math.nan)  # the raw weights are never asked where there is an average
         shown = made.model if name == "article" else made.average
         hook = shown.register_forward_hook(functools.partial(answer_zero, met.setdefault(name, [])))
-        found = recipes.draw_pictures(made, 5, own=False, batch=3)
+        found = recipes.draw_images(made, 5, own=False, batch=3)
         hook.remove()
         assert found.shape == (5, 1, 28, 28) and found.dtype == torch.uint8
     calls = len(met["ours"]) // 2
@@ -834,7 +834,7 @@ def test_the_profile_accounts_for_the_whole_step(fast):
     assert seconds > 0 and sum(shares.values()) == pytest.approx(1)
     expected = {
         "convolutions",
-        "normalisation",
+        "normalization",
         "activations",
         "optimizer",
         "the average (EMA)",

@@ -118,7 +118,7 @@ def test_a_run_folder_holds_config_checkpoints_losses_and_a_grid(whole):
     cfg = config.from_dict(json.loads((whole / "config.json").read_text()))
     assert cfg == TrainConfig(**CONFIG) == config.from_dict(checkpoint(whole)["config"])
     assert checkpoint(whole)["step"] == cfg.steps(1500) == STEPS
-    # 64 pictures of 8×8 with gaps of 2
+    # 64 images of 8×8 with gaps of 2
     assert Image.open(whole / "samples.png").size == (8 * (8 + 2) - 2,) * 2
 
 
@@ -269,7 +269,7 @@ def test_labels_reach_network_and_sampler(tmp_path):
     runtime.seed_everything(0)
     start = pretrained.build(TrainConfig(**CONFIG | {"num_classes": 10})).label.weight
     moved = (embedding - start).abs().sum(dim=1) > 1e-4
-    # every digit was learned, and the row for "no label" from the pictures whose label was withheld
+    # every digit was learned, and the row for "no label" from the images whose label was withheld
     assert moved.all()
     assert (
         command.main(
@@ -515,7 +515,7 @@ def test_sample_writes_grid_strip_and_gif(whole, tmp_path, capsys):
     assert Image.open(tmp_path / "grid.png").size == (3 * 10 - 2, 3 * 10 - 2)
     assert Image.open(tmp_path / "strip.png").format == "PNG"
     gif = iio.imread(tmp_path / "samples.gif")
-    # five calls and the finished pictures
+    # five calls and the finished images
     assert gif.shape[:3] == (6, 2 * (3 * 9 - 1), 2 * (3 * 9 - 1))
     assert Image.open(tmp_path / "samples.gif").info["loop"] == 0
 
@@ -581,16 +581,16 @@ def test_the_grid_is_what_the_package_draws(whole, tmp_path):
     assert (iio.imread(tmp_path / "grid.png") == plots.tile(sampling.last(states))).all()
 
 
-def test_a_seed_decides_all_and_more_pictures_begin_with_the_same(whole, monkeypatch):
+def test_a_seed_decides_all_and_more_images_begin_with_the_same(whole, monkeypatch):
     model, cfg = drawing.load_weights(str(whole), "cpu")
     monkeypatch.setattr(drawing, "BATCH", 3)
 
-    def pictures(n, seed):
+    def images(n, seed):
         return drawing.draw(model, cfg, drawing.plan(cfg, n, steps=4, seed=seed), "cpu")[0]
 
-    eight = pictures(8, 0)
-    assert eight.shape == (8, 1, 8, 8) and torch.equal(pictures(8, 0), eight)
-    assert torch.equal(pictures(6, 0), eight[:6]) and not torch.equal(pictures(8, 1), eight)
+    eight = images(8, 0)
+    assert eight.shape == (8, 1, 8, 8) and torch.equal(images(8, 0), eight)
+    assert torch.equal(images(6, 0), eight[:6]) and not torch.equal(images(8, 1), eight)
     assert not torch.equal(eight[:3], eight[3:6])
 
 
@@ -614,7 +614,7 @@ def test_weights_come_by_folder_file_and_name(whole, own_folders, monkeypatch, c
     )
 
 
-def test_labelled_weights_draw_the_labels_in_turn(tiny, monkeypatch):
+def test_labeled_weights_draw_the_labels_in_turn(tiny, monkeypatch):
     cfg, asked = tiny(num_classes=3), []
     model = pretrained.build(cfg)
     model.register_forward_pre_hook(lambda module, inputs: asked.append(inputs[2].tolist()))
@@ -814,7 +814,7 @@ def test_a_full_gpu_is_told_in_one_line(whole, monkeypatch, capsys):
 
 def test_a_warning_is_one_line_without_a_place_in_the_source(whole, monkeypatch, capsys):
     def warn(*arguments):
-        warnings.warn("the last step\nholds 0.36 of the picture", stacklevel=1)
+        warnings.warn("the last step\nholds 0.36 of the image", stacklevel=1)
         raise ValueError("enough")
 
     monkeypatch.setattr(drawing, "draw", warn)
@@ -822,8 +822,7 @@ def test_a_warning_is_one_line_without_a_place_in_the_source(whole, monkeypatch,
         warnings.simplefilter("always")
         command.main(["sample", "--weights", str(whole), "--out", str(whole / "never")])
     assert (
-        capsys.readouterr().err
-        == "warning: the last step holds 0.36 of the picture\nerror: enough\n"
+        capsys.readouterr().err == "warning: the last step holds 0.36 of the image\nerror: enough\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""Every knob: its range, and what keeps two runs apart."""
+"""Every setting: its range, and what keeps two runs apart."""
 
 import dataclasses
 import inspect
@@ -162,14 +162,14 @@ def test_run_name_differs_for_every_field_and_is_a_plain_folder_name():
     assert all(name == name.replace("/", "").replace(" ", "") for name in names)
 
 
-def test_a_path_is_a_folder_of_pictures_and_a_bare_word_is_not():
+def test_a_path_is_a_folder_of_images_and_a_bare_word_is_not():
     cfg = TrainConfig(dataset="~/my faces/")
     assert cfg.folder == Path.home() / "my faces" and cfg.run_name().startswith("my_faces-v-")
     assert TrainConfig(dataset="./x").run_name() != TrainConfig(dataset="../x").run_name()
     assert TrainConfig().folder is None
     with pytest.raises(
         ValueError,
-        match="dataset='faces' is not known: .*give a folder of pictures as a path.*'./faces'",
+        match="dataset='faces' is not known: .*give a folder of images as a path.*'./faces'",
     ):
         TrainConfig(dataset="faces")
 
@@ -282,7 +282,7 @@ def test_fast_mode_shrinks_any_valid_network_to_a_valid_one(monkeypatch, changes
 
 
 @pytest.mark.parametrize("model", ["anime", "article", "guide", "mnist32"])
-def test_fast_mode_shows_the_gallery_few_and_small_pictures_of_a_size_it_takes(monkeypatch, model):
+def test_fast_mode_shows_the_gallery_few_and_small_images_of_a_size_it_takes(monkeypatch, model):
     monkeypatch.setenv("DDPM_FAST", "1")
     full = TrainConfig(
         model=model, image_size=28 if model == "article" else 48, pad=0 if model == "article" else 8

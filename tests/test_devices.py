@@ -159,11 +159,11 @@ def test_metrics_take_tensors_on_the_device():
     )
     assert evaluation.precision_recall(apple(a), apple(b)) == evaluation.precision_recall(a, b)
     assert evaluation.coverage(apple(a), apple(b)) == evaluation.coverage(a, b)
-    distances, indices = evaluation.nearest_neighbours(apple(a), apple(b), k=2)
-    expected, order = evaluation.nearest_neighbours(a, b, k=2)
+    distances, indices = evaluation.nearest_neighbors(apple(a), apple(b), k=2)
+    expected, order = evaluation.nearest_neighbors(a, b, k=2)
     assert torch.equal(indices, order) and torch.allclose(distances, expected, atol=1e-6)
-    found = evaluation.memorisation(apple(a), apple(b), apple(b + 0.1))
-    assert found.copies()[0] == evaluation.memorisation(a, b, b + 0.1).copies()[0]
+    found = evaluation.memorization(apple(a), apple(b), apple(b + 0.1))
+    assert found.copies()[0] == evaluation.memorization(a, b, b + 0.1).copies()[0]
 
 
 # random numbers

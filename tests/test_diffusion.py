@@ -196,7 +196,7 @@ def test_posterior_is_the_product_of_two_gaussians(name):
 @pytest.mark.parametrize("step", [1, 2, 10, 30, 49])
 def test_posterior_is_bayes_on_a_grid(step):
     """Bayes by brute force: multiply the two densities on a grid,
-    normalise, and take the moments.
+    normalize, and take the moments.
     """
     schedule = exact(cosine_betas(50))
     x0, x_t = 0.6, -0.3
@@ -240,7 +240,7 @@ def test_posterior_in_float32(name):
     [("linear", T, 1), ("linear", 100, 10), ("cosine", T, 1), ("cosine", 50, 1)],
 )
 def test_posterior_at_the_last_step_is_x0_itself(name, timesteps, scale):
-    """At t = 0 the answer is x0, without noise: exactly, so that a picture
+    """At t = 0 the answer is x0, without noise: exactly, so that an image
     in [−1, 1] stays there.
     """
     schedule, t = make_schedule(name, timesteps, scale), torch.zeros(4, dtype=torch.long)

@@ -32,7 +32,7 @@ def count(model, trainable_only=False):
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
-# What each of the others counts, takes and leaves without a gradient. Kept small: 2 pictures of 16
+# What each of the others counts, takes and leaves without a gradient. Kept small: 2 images of 16
 # × 16.
 OTHERS = {
     "anime": {"parameters": 10_847_299, "channels": 3, "divisor": 4, "table": False},
@@ -54,7 +54,7 @@ def test_the_others_count_their_parameters_to_the_digit(other):
     assert count(model) == count(model, trainable_only=True) == known["parameters"]
 
 
-def test_anime_counts_10846433_parameters_in_grey():
+def test_anime_counts_10846433_parameters_in_gray():
     assert count(gallery.build("anime", channels=1)) == 10_846_433
 
 
@@ -177,7 +177,7 @@ def test_config_knows_the_gallery():
     assert config.MODELS == ("unet", *gallery.names())
 
 
-def test_the_gallery_refuses_colour_where_none_was_published():
+def test_the_gallery_refuses_color_where_none_was_published():
     for name in ("article", "mnist32"):
         with pytest.raises(ValueError, match=f"channels=3.*{name!r}"):
             gallery.build(name, channels=3)
@@ -193,7 +193,7 @@ OVERFITS = {  # pixels, steps, learning rate
 
 @pytest.mark.parametrize("name", OVERFITS)
 def test_a_one_batch_overfit(name):
-    """It can learn: four pictures at four times, the loss falls to a tenth."""
+    """It can learn: four images at four times, the loss falls to a tenth."""
     size, steps, lr = OVERFITS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -368,7 +368,7 @@ def test_every_trainable_parameter_gets_a_gradient_but_the_dead_norm(article):
 
 
 def test_time_reaches_the_output_from_every_level_but_the_first(article):
-    """One channel plus a number, normalised over that channel, is what it was: the first level
+    """One channel plus a number, normalized over that channel, is what it was: the first level
     never learns the time.
     """
     x, t = batch()

@@ -3,24 +3,24 @@
 import pytest
 import torch
 
-from ddpm_utils import optimizer as room
+from ddpm_utils import optimizer as module
 
 
 @pytest.mark.parametrize("shape", [(32, 288), (64, 64), (128, 36), (3, 16, 48)])
-def test_orthogonalise_keeps_the_directions_and_levels_the_sizes(shape):
+def test_orthogonalize_keeps_the_directions_and_levels_the_sizes(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    got = room.orthogonalise(x)
+    got = module.orthogonalize(x)
     diagonal = u.mT @ got @ vh.mT  # the same singular vectors: nothing off the diagonal
     values = diagonal.diagonal(dim1=-2, dim2=-1)
     assert (diagonal - torch.diag_embed(values)).abs().max() < 1e-4
     assert values.median() > 0.65 and values.max() < 1.25
 
 
-def test_orthogonalise_does_not_see_the_scale():
+def test_orthogonalize_does_not_see_the_scale():
     x = torch.randn(8, 20, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(
-        room.orthogonalise(1e3 * x), room.orthogonalise(1e-3 * x), rtol=1e-3, atol=1e-4
+        module.orthogonalize(1e3 * x), module.orthogonalize(1e-3 * x), rtol=1e-3, atol=1e-4
     )
 
 
@@ -59,7 +59,7 @@ def descend(model, optimizer, steps=5):
 
 def test_muon_moves_matrices_as_pytorch_does_and_vectors_as_adamw_does():
     ours, theirs = two_layers(), AsMatrices()
-    optimizer = room.Muon(ours, lr=0.01, weight_decay=0.1)
+    optimizer = module.Muon(ours, lr=0.01, weight_decay=0.1)
     matrices = [weight for weight in theirs.parameters() if weight.ndim == 2]
     vectors = [weight for weight in theirs.parameters() if weight.ndim == 1]
     reference = [
@@ -87,13 +87,13 @@ def test_muon_moves_matrices_as_pytorch_does_and_vectors_as_adamw_does():
 
 def test_muon_learns_and_resumes_bit_for_bit(tmp_path):
     whole, first = two_layers(), two_layers()
-    a, b = room.Muon(whole, lr=0.02), room.Muon(first, lr=0.02)
-    start = descend(two_layers(), room.Muon(two_layers(), lr=1e-6), steps=1)
+    a, b = module.Muon(whole, lr=0.02), module.Muon(first, lr=0.02)
+    start = descend(two_layers(), module.Muon(two_layers(), lr=1e-6), steps=1)
     assert descend(whole, a, 60) < 0.5 * start
     descend(first, b, 20)
     torch.save([first.state_dict(), b.state_dict()], tmp_path / "half.pt")
     second = two_layers()
-    c = room.Muon(second, lr=0.02)
+    c = module.Muon(second, lr=0.02)
     weights, state = torch.load(tmp_path / "half.pt", weights_only=True)
     second.load_state_dict(weights)
     c.load_state_dict(state)

@@ -181,7 +181,7 @@ def test_fit_takes_mean_and_covariance_from_images():
 
 
 @pytest.mark.parametrize("n", [2, 20, 200])
-def test_fit_takes_fewer_pictures_than_pixels(n):
+def test_fit_takes_fewer_images_than_pixels(n):
     """Flat directions are the rule in images (a black border); their eigenvalues are 0 up to
     rounding, on either side of it.
     """
@@ -192,13 +192,13 @@ def test_fit_takes_fewer_pictures_than_pixels(n):
     torch.testing.assert_close(x0_hat[..., :2], -torch.ones(5, 1, 12, 2), rtol=0, atol=0.01)
 
 
-def test_data_of_a_single_picture_is_found_at_once():
+def test_data_of_a_single_image_is_found_at_once():
     """Without variance there is nothing to guess."""
     schedule = make_schedule("cosine", 50)
-    picture = torch.tensor([0.1, -0.2, 0.3])
-    model = GaussianDenoiser(schedule, picture, torch.zeros(3, 3))
+    image = torch.tensor([0.1, -0.2, 0.3])
+    model = GaussianDenoiser(schedule, image, torch.zeros(3, 3))
     t = torch.arange(50)
-    torch.testing.assert_close(model(torch.randn(50, 3), t), picture.expand(50, 3))
+    torch.testing.assert_close(model(torch.randn(50, 3), t), image.expand(50, 3))
     assert (model.loss("eps") == 0).all()
 
 

@@ -59,8 +59,8 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room(file: Path) -> str:
-    """The room a file belongs to; "" for the package's own `__init__`."""
+def module(file: Path) -> str:
+    """The module a file belongs to; "" for the package's own `__init__`."""
     return (module_name(file).split(".") + [""])[1]
 
 
@@ -68,8 +68,8 @@ def parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
-def imported_rooms(file: Path) -> set[str]:
-    """Rooms of the package that `file` imports anywhere, inside functions too."""
+def imported_modules(file: Path) -> set[str]:
+    """Modules of the package that `file` imports anywhere, inside functions too."""
     package = module_name(file).split(".")
     package = package if file.name == "__init__.py" else package[:-1]
     found = set()
@@ -82,7 +82,7 @@ def imported_rooms(file: Path) -> set[str]:
             base = base + (node.module.split(".") if node.module else [])
             targets = [base + [alias.name] for alias in node.names]
         found |= {target[1] for target in targets if target[0] == "ddpm_utils" and len(target) > 1}
-    return (found & (set(MAY_IMPORT) | COMMAND_LINE)) - {room(file)}
+    return (found & (set(MAY_IMPORT) | COMMAND_LINE)) - {module(file)}
 
 
 WATCH = """
@@ -112,7 +112,7 @@ assert not touched, touched
 """
 
 
-def test_importing_every_room_prints_nothing_loads_nothing_heavy_and_touches_no_disk(tmp_path):
+def test_importing_every_module_prints_nothing_loads_nothing_heavy_and_touches_no_disk(tmp_path):
     names = [module_name(file) for file in FILES if file.name != "__main__.py"]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "MPLBACKEND": "agg"}
     done = subprocess.run(
@@ -127,14 +127,14 @@ def test_importing_every_room_prints_nothing_loads_nothing_heavy_and_touches_no_
 
 
 @pytest.mark.parametrize(
-    "file", [file for file in FILES if room(file) not in {"", *COMMAND_LINE}], ids=module_name
+    "file", [file for file in FILES if module(file) not in {"", *COMMAND_LINE}], ids=module_name
 )
-def test_the_arrows_between_rooms_point_one_way(file):
-    assert room(file) in MAY_IMPORT, (
-        f"{file.name} is a new room: say in MAY_IMPORT what it may import"
+def test_the_arrows_between_modules_point_one_way(file):
+    assert module(file) in MAY_IMPORT, (
+        f"{file.name} is a new module: say in MAY_IMPORT what it may import"
     )
-    beyond = imported_rooms(file) - MAY_IMPORT[room(file)]
-    assert not beyond, f"{room(file)} may not import {beyond}"
+    beyond = imported_modules(file) - MAY_IMPORT[module(file)]
+    assert not beyond, f"{module(file)} may not import {beyond}"
 
 
 def test_the_table_of_arrows_has_no_circle():
@@ -146,8 +146,8 @@ def test_the_table_of_arrows_has_no_circle():
     assert "diffusion" not in MAY_IMPORT["unet"] | MAY_IMPORT["data"] | MAY_IMPORT["plots"]
 
 
-def test_the_package_itself_imports_no_room():
-    assert imported_rooms(PACKAGE / "__init__.py") == set()
+def test_the_package_itself_imports_no_module():
+    assert imported_modules(PACKAGE / "__init__.py") == set()
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)
@@ -160,7 +160,7 @@ def test_only_runtime_reads_environment_variables(file):
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert room(file) in ("runtime", "__main__") or not names & {
+    assert module(file) in ("runtime", "__main__") or not names & {
         "environ",
         "environb",
         "getenv",
@@ -213,5 +213,7 @@ def code_of(file: Path) -> list[str]:
 
 
 def test_the_package_is_small():
-    counted = [file for file in FILES if room(file) not in {"gallery", "exercises", *COMMAND_LINE}]
+    counted = [
+        file for file in FILES if module(file) not in {"gallery", "exercises", *COMMAND_LINE}
+    ]
     assert sum(len(code_of(file)) for file in counted) <= 2960  # an evening's reading

@@ -1,4 +1,4 @@
-"""Grids that lose nothing, GIFs read back, pictures that survive every viewer."""
+"""Grids that lose nothing, GIFs read back, images that survive every viewer."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from ddpm_utils.data import to_model_range
 SIZE = 3
 
 
-def greys(values, channels=1, size=SIZE):
+def grays(values, channels=1, size=SIZE):
     """One constant image a value (0 … 255), in model range."""
     images = (
         torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, channels, size, size)
@@ -43,21 +43,21 @@ def read_gif(path):
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 16])
 def test_tile_drops_no_image_and_pads_with_white(n, columns, channels):
     values, gap = [10 * i for i in range(n)], 2
-    picture = plots.tile(greys(values, channels), columns, gap)
+    image = plots.tile(grays(values, channels), columns, gap)
     k = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // k)
     height, width = rows * (SIZE + gap) - gap, k * (SIZE + gap) - gap
-    assert picture.dtype == np.uint8 and picture.shape == (height, width) + (
+    assert image.dtype == np.uint8 and image.shape == (height, width) + (
         (3,) if channels == 3 else ()
     )
     for i in range(rows * k):
         top, left = (i // k) * (SIZE + gap), (i % k) * (SIZE + gap)
-        cell = picture[top : top + SIZE, left : left + SIZE]
+        cell = image[top : top + SIZE, left : left + SIZE]
         assert (cell == (values[i] if i < n else 255)).all()
-    assert (picture != 255).sum() == n * SIZE * SIZE * channels
+    assert (image != 255).sum() == n * SIZE * SIZE * channels
 
 
-def test_tile_keeps_colours_and_orientation():
+def test_tile_keeps_colors_and_orientation():
     x = torch.rand(1, 3, 4, 5) * 2 - 1
     assert np.array_equal(
         plots.tile(x), ((x[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
@@ -66,10 +66,10 @@ def test_tile_keeps_colours_and_orientation():
 
 
 @pytest.mark.parametrize("value", [0, 1, 90, 128, 254, 255])
-def test_a_constant_grey_stays_that_grey(value):
-    assert (plots.tile(greys([value])) == value).all()
+def test_a_constant_gray_stays_that_gray(value):
+    assert (plots.tile(grays([value])) == value).all()
     # whatever stands beside it
-    assert (plots.tile(greys([value, 255 - value]), gap=0)[:, :SIZE] == value).all()
+    assert (plots.tile(grays([value, 255 - value]), gap=0)[:, :SIZE] == value).all()
 
 
 def test_values_beyond_the_range_are_clamped():
@@ -104,14 +104,14 @@ def test_figures_are_made_without_pyplot_and_closed_by_nobody():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grid_shows_the_tile_on_a_fixed_range(channels):
-    x = greys([100] * 5, channels)
+    x = grays([100] * 5, channels)
     (image,) = plots.grid(x, columns=2, title="five").axes[0].images
     assert np.array_equal(image.get_array(), plots.tile(x, 2)) and image.get_clim() == (0, 255)
 
 
 def test_strip_has_a_row_a_name_and_a_title_a_column():
     fig = plots.strip(
-        {"a": greys([0, 50, 100]), "b": greys([1, 2, 3])}, ["t=0", "t=1", "t=2"], "all"
+        {"a": grays([0, 50, 100]), "b": grays([1, 2, 3])}, ["t=0", "t=1", "t=2"], "all"
     )
     assert len(fig.axes) == 6 and [ax.get_title() for ax in fig.axes[:3]] == ["t=0", "t=1", "t=2"]
     assert [fig.axes[i].get_ylabel() for i in (0, 3)] == ["a", "b"]
@@ -120,13 +120,13 @@ def test_strip_has_a_row_a_name_and_a_title_a_column():
 
 def test_strip_refuses_a_row_that_does_not_fit_its_titles():
     with pytest.raises(ValueError, match="'a' holds 3 images.*2 titles"):
-        plots.strip({"a": greys([0, 1, 2])}, ["x", "y"])
+        plots.strip({"a": grays([0, 1, 2])}, ["x", "y"])
 
 
-def test_show_keeps_every_pixel_and_saves_grey_ones_once():
-    coloured = plots.figure()[0]
-    coloured.axes[0].plot([0, 1], color=plots.NOISE)
-    for fig, shape in ((plots.grid(greys([7])), 2), (coloured, 3)):
+def test_show_keeps_every_pixel_and_saves_gray_ones_once():
+    colored = plots.figure()[0]
+    colored.axes[0].plot([0, 1], color=plots.NOISE)
+    for fig, shape in ((plots.grid(grays([7])), 2), (colored, 3)):
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png", dpi=plots.STYLE["savefig.dpi"])
         drawn, kept = (
@@ -138,21 +138,21 @@ def test_show_keeps_every_pixel_and_saves_grey_ones_once():
 
 
 def test_show_makes_a_png_with_its_text():
-    picture = plots.show(plots.grid(greys([7])), "one grey square")
-    assert picture.data.startswith(b"\x89PNG")
-    bundle, metadata = picture._repr_mimebundle_()
+    image = plots.show(plots.grid(grays([7])), "one gray square")
+    assert image.data.startswith(b"\x89PNG")
+    bundle, metadata = image._repr_mimebundle_()
     assert (
-        bundle["text/plain"] == "one grey square"
-        and metadata["image/png"]["alt"] == "one grey square"
+        bundle["text/plain"] == "one gray square"
+        and metadata["image/png"]["alt"] == "one gray square"
     )
 
 
 @pytest.mark.parametrize("alt", ["", "  \n"])
 def test_an_empty_alt_is_refused(alt, tmp_path):
     with pytest.raises(ValueError, match="alt is empty"):
-        plots.show(plots.grid(greys([7])), alt)
+        plots.show(plots.grid(grays([7])), alt)
     with pytest.raises(ValueError, match="alt is empty"):
-        plots.show_file(plots.save_gif(tmp_path / "a.gif", [greys([7])]), alt)
+        plots.show_file(plots.save_gif(tmp_path / "a.gif", [grays([7])]), alt)
 
 
 # frame_times
@@ -179,20 +179,20 @@ def test_frame_times_refuses_fewer_than_two(frames):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gif_frames_durations_scale_and_loop_read_back(tmp_path, channels):
-    states = [greys([0, 51, 102, 153, 255 - 17 * i], channels) for i in range(4)]
+    states = [grays([0, 51, 102, 153, 255 - 17 * i], channels) for i in range(4)]
     path = plots.save_gif(
         tmp_path / "new" / "a.gif", states, columns=3, ms=80, hold_ms=700, scale=4
     )
     frames, durations, loop = read_gif(path)
     assert len(frames) == 4 and durations == [80, 80, 80, 700] and loop == 0
     for frame, state in zip(frames, states, strict=True):
-        picture = plots.tile(state, 3, gap=1)
-        picture = picture if channels == 3 else np.repeat(picture[..., None], 3, axis=2)
-        assert np.array_equal(frame, picture.repeat(4, axis=0).repeat(4, axis=1))
+        image = plots.tile(state, 3, gap=1)
+        image = image if channels == 3 else np.repeat(image[..., None], 3, axis=2)
+        assert np.array_equal(frame, image.repeat(4, axis=0).repeat(4, axis=1))
 
 
 def test_identical_frames_keep_their_time(tmp_path):
-    states = [greys([0])] * 5 + [greys([255])] * 3
+    states = [grays([0])] * 5 + [grays([255])] * 3
     _, durations, loop = read_gif(plots.save_gif(tmp_path / "a.gif", states, ms=50, hold_ms=1000))
     assert sum(durations) == 7 * 50 + 1000 and loop == 0
 
@@ -201,7 +201,7 @@ def test_identical_frames_keep_their_time(tmp_path):
 @pytest.mark.parametrize("values", [[255], [0, 255], [0, 0]], ids=["one", "two", "twice the same"])
 def test_few_and_small_frames_are_a_gif_too(tmp_path, values, size):
     frames, *_ = read_gif(
-        plots.save_gif(tmp_path / "a.gif", [greys([v], size=size) for v in values])
+        plots.save_gif(tmp_path / "a.gif", [grays([v], size=size) for v in values])
     )
     assert [frame.shape for frame in frames] == [(size, size, 3)] * len(set(values))
     assert (
@@ -212,9 +212,9 @@ def test_few_and_small_frames_are_a_gif_too(tmp_path, values, size):
 
 
 @pytest.mark.parametrize("levels", [2, 16, 256])
-def test_a_constant_grey_keeps_its_level_in_every_frame(tmp_path, levels):
-    states = [torch.cat([greys([119], size=8), torch.randn(1, 1, 8, 8)]) for _ in range(4)]
-    frames, *_ = read_gif(plots.save_gif(tmp_path / "a.gif", states, columns=2, greys=levels))
+def test_a_constant_gray_keeps_its_level_in_every_frame(tmp_path, levels):
+    states = [torch.cat([grays([119], size=8), torch.randn(1, 1, 8, 8)]) for _ in range(4)]
+    frames, *_ = read_gif(plots.save_gif(tmp_path / "a.gif", states, columns=2, grays=levels))
     shown = np.stack([frame[:8, :8] for frame in frames]).astype(int)
     assert (
         len(frames) == 4
@@ -245,18 +245,18 @@ def test_bad_frames_are_refused_and_no_file_is_made(tmp_path, frames, words):
 
 @pytest.mark.parametrize(
     "option",
-    [dict(greys=1), dict(greys=257), dict(scale=-1), dict(ms=0), dict(hold_ms=-10)],
+    [dict(grays=1), dict(grays=257), dict(scale=-1), dict(ms=0), dict(hold_ms=-10)],
     ids=str,
 )
 def test_bad_gif_options_are_refused_by_name(tmp_path, option):
     ((name, value),) = option.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
-        plots.save_gif(tmp_path / "a.gif", [greys([0]), greys([255])], **option)
+        plots.save_gif(tmp_path / "a.gif", [grays([0]), grays([255])], **option)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_gif_is_shown_under_the_type_that_viewers_keep(tmp_path):
-    path = plots.save_gif(tmp_path / "a.gif", [greys([0]), greys([255])])
+    path = plots.save_gif(tmp_path / "a.gif", [grays([0]), grays([255])])
     bundle, metadata = plots.show_file(path, "black, then white", width=200)._repr_mimebundle_()
     raw = base64.b64decode(bundle["image/png"])
     assert raw[:6] == b"GIF89a" and raw == path.read_bytes() and "image/gif" not in bundle

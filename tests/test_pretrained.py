@@ -165,7 +165,7 @@ def test_shipped_weights_load_are_small_and_have_a_full_card(name):
         "minutes",
         "seed",
         "date",
-        "licence",
+        "license",
     } <= set(card)
     assert 0 < card["held_out_loss"] < 1 and "/" not in card["hardware"]
     assert (SHIPPED_FOLDER / f"{name}.pt").stat().st_size < 8_000_000
@@ -210,7 +210,7 @@ def test_shipped_classifiers_load_are_small_and_have_a_full_card(name):
         "minutes",
         "seed",
         "date",
-        "licence",
+        "license",
     } <= set(card)
     assert card["recipe"] == make.CLASSIFIERS[name] and card["data"].startswith(data.TITLES[name])
     assert card["test_accuracy"] >= {"fashion_mnist": 0.91, "mnist": 0.99}[name]

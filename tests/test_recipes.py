@@ -82,7 +82,7 @@ def test_the_guide_takes_its_own_advice():
     assert rates == sorted(rates, reverse=True) and rates[-1] < rates[0] / 10 and cfg.grad_clip == 1
 
 
-def test_one_recipe_alone_has_pictures_in_another_range():
+def test_one_recipe_alone_has_images_in_another_range():
     assert [
         name for name, recipe in RECIPES.items() if recipe.config.get("data_range") == "unit"
     ] == ["mnist32"]
@@ -90,8 +90,8 @@ def test_one_recipe_alone_has_pictures_in_another_range():
 
 def test_what_is_drawn_is_what_was_shown():
     anime, article, mnist32 = (RECIPES[name] for name in ("anime", "article", "mnist32"))
-    assert (anime.pictures, anime.columns, anime.variance) == (12, 6, "beta_tilde")
-    assert (article.pictures, article.frames, article.filmed, article.variance) == (
+    assert (anime.images, anime.columns, anime.variance) == (12, 6, "beta_tilde")
+    assert (article.images, article.frames, article.filmed, article.variance) == (
         100,
         100,
         16,
@@ -101,7 +101,7 @@ def test_what_is_drawn_is_what_was_shown():
         mnist32.strip == (999, 700, 550, 400, 300, 200, 100, 50, 15, 0)
         and mnist32.variance == "beta"
     )
-    assert mnist32.pictures == 10 and not any(
+    assert mnist32.images == 10 and not any(
         (anime.strip, article.strip, anime.frames, mnist32.frames)
     )
 
@@ -122,7 +122,7 @@ def test_what_is_chosen_goes_before_the_recipe_and_channels_follow_the_data():
 def test_bad_asks_are_told():
     with pytest.raises(ValueError, match="recipe='manga' is not known: choose one of 'anime'"):
         recipes.fields("manga")
-    with pytest.raises(ValueError, match="for pictures of your own: .*--dataset ./faces"):
+    with pytest.raises(ValueError, match="for images of your own: .*--dataset ./faces"):
         recipes.fields("anime")
 
 
@@ -138,10 +138,10 @@ def test_the_two_ways_into_the_unit_range_and_back():
 
 
 @pytest.mark.parametrize(("data_range", "low"), [("symmetric", -1), ("unit", 0)])
-def test_training_and_measuring_take_pictures_of_the_configs_range(
+def test_training_and_measuring_take_images_of_the_configs_range(
     tiny, net, monkeypatch, data_range, low
 ):
-    """Seen by `q_sample`, through which every picture goes on its way to the network."""
+    """Seen by `q_sample`, through which every image goes on its way to the network."""
     cfg, seen = tiny(data_range=data_range, batch_size=2, epochs=0.5), []
     q_sample = diffusion.q_sample
 
@@ -149,8 +149,8 @@ def test_training_and_measuring_take_pictures_of_the_configs_range(
         seen.extend(x0.flatten(1).aminmax(dim=1))
         return q_sample(schedule, x0, t, eps)
 
-    for room in (diffusion, training):
-        monkeypatch.setattr(room, "q_sample", watch)
+    for module in (diffusion, training):
+        monkeypatch.setattr(module, "q_sample", watch)
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     images[..., 0] = 255
     for _ in runs.train(training.TrainState(cfg, net(cfg)), images, images):
@@ -160,7 +160,7 @@ def test_training_and_measuring_take_pictures_of_the_configs_range(
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_in_the_unit_range_nothing_is_clamped_and_pictures_come_back_in_model_range(
+def test_in_the_unit_range_nothing_is_clamped_and_images_come_back_in_model_range(
     tiny, monkeypatch, sampler
 ):
     """A network that always says 1.5 in its own range, with x̂0 as its target: clamped it would be
@@ -210,7 +210,7 @@ def test_each_recipe_trains_and_draws_in_fast_mode(name, tmp_path, monkeypatch, 
         assert len(iio.imread(out / "samples.gif")) >= cfg.timesteps
 
 
-def test_the_pictures_of_a_recipe_are_those_of_its_own_sampler(monkeypatch, tiny):
+def test_the_images_of_a_recipe_are_those_of_its_own_sampler(monkeypatch, tiny):
     """Variance and no clamp reach the sampler; the times of the strip follow T."""
     options = type(
         "Options", (), {"recipe": "mnist32", "sampler": None, "steps": None, "n": None, "seed": 4}
@@ -246,7 +246,7 @@ def test_the_pictures_of_a_recipe_are_those_of_its_own_sampler(monkeypatch, tiny
 
 
 @pytest.mark.parametrize("name", ["anime", "article"])
-def test_a_recipe_learns_from_a_folder_in_its_own_colours(name, tmp_path, monkeypatch):
+def test_a_recipe_learns_from_a_folder_in_its_own_colors(name, tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_FAST", "1")
     (tmp_path / "faces").mkdir()
     rng = np.random.default_rng(0)
@@ -284,7 +284,7 @@ def test_without_weights_the_run_of_the_recipe_is_found_or_asked_for(fast, capsy
     [
         (
             "train --recipe anime --out {tmp}/new",
-            "for pictures of your own: name their folder, as in --dataset ./faces",
+            "for images of your own: name their folder, as in --dataset ./faces",
         ),
         ("train --dataset faces --out {tmp}/new", "dataset='faces' is not known"),
         ("train --dataset {tmp}/none --out {tmp}/new", "no folder"),
@@ -299,7 +299,7 @@ def test_without_weights_the_run_of_the_recipe_is_found_or_asked_for(fast, capsy
         ),
         (
             "train --recipe article --dataset digits --channels 3 --out {tmp}/new",
-            "published for grey images",
+            "published for gray images",
         ),
         ("sample --recipe anime", "no run of the recipe 'anime'"),
         (

@@ -159,7 +159,7 @@ def test_whole_chain_agrees_with_diffusers(target, theirs):
 # ---- what it yields
 
 
-def test_yields_every_state_from_noise_to_picture():
+def test_yields_every_state_from_noise_to_image():
     schedule, calls = make_schedule("cosine", 12), []
 
     def model(x, t, y):
@@ -207,18 +207,18 @@ def test_leaves_yielded_states_alone():
 # ---- seeds, range, shapes
 
 
-def test_same_seed_same_picture_and_another_seed_another():
+def test_same_seed_same_image_and_another_seed_another():
     schedule, shape = make_schedule("cosine", 10), (2, 1, 4, 4)
     denoise = Denoiser(lambda x, t, y: 0.1 * x, schedule, "v")
 
-    def picture(seed):
+    def image(seed):
         return last(ddpm_sample(denoise, schedule, shape, generator=seeded(seed)))
 
     torch.manual_seed(1)
-    first = picture(7)
+    first = image(7)
     torch.manual_seed(2)  # the global generator plays no part
-    assert torch.equal(first, picture(7))
-    assert not torch.equal(first, picture(8))
+    assert torch.equal(first, image(7))
+    assert not torch.equal(first, image(8))
 
 
 @pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
@@ -226,8 +226,8 @@ def test_same_seed_same_picture_and_another_seed_another():
     "name, timesteps, scale",
     [("linear", 100, 10), ("linear", 50, 20), ("cosine", 50, 1), ("cosine", 200, 1)],
 )
-def test_clamped_pictures_lie_in_the_model_s_range_exactly(name, timesteps, scale, variance):
-    """A network that wants pictures far too bright and far too dark gets −1 and 1, and no more."""
+def test_clamped_images_lie_in_the_model_s_range_exactly(name, timesteps, scale, variance):
+    """A network that wants images far too bright and far too dark gets −1 and 1, and no more."""
     schedule = make_schedule(name, timesteps, scale)
 
     def model(x, t, y):
@@ -382,7 +382,7 @@ def test_ddim_step_agrees_with_diffusers(name, eta):
         trained_betas=schedule.betas.numpy(), clip_sample=True, set_alpha_to_one=True
     )
     theirs.set_timesteps(50)
-    for t in (980, 500, 20, 0):  # 20 steps apart; the last one lands on the picture
+    for t in (980, 500, 20, 0):  # 20 steps apart; the last one lands on the image
         x_t, prediction = torch.randn(2, 4, 1, 6, 6, generator=seeded(t))
         noise = torch.randn(4, 1, 6, 6, generator=seeded(t + 1))
         at_t, landing = torch.full((4,), t), torch.full((4,), max(t - 20, -1))
@@ -659,7 +659,7 @@ def test_encoding_a_gaussian_gives_its_own_noise():
 # ---- guidance
 
 
-class Labelled(nn.Module):
+class Labeled(nn.Module):
     """Answers by label; notes how it was called."""
 
     num_classes = 3
@@ -679,7 +679,7 @@ class Labelled(nn.Module):
 )
 def test_guidance_goes_beyond_the_named_answer(scale, expected):
     """0.5 + scale · (named − 0.5); the paper's w = scale − 1 gives (1 + w)·named − w·free."""
-    model, x = Labelled(), torch.ones(2, 1, 1, 1)
+    model, x = Labeled(), torch.ones(2, 1, 1, 1)
     t, y = torch.zeros(2, dtype=torch.long), torch.tensor([1, 2])
     got = Guided(model, scale)(x, t, y).flatten().tolist()
     assert got == pytest.approx(expected)
@@ -688,7 +688,7 @@ def test_guidance_goes_beyond_the_named_answer(scale, expected):
 
 
 def test_guidance_asks_for_both_answers_in_one_call_in_eval_mode():
-    model, schedule = Labelled().train(), make_schedule("cosine", 10)
+    model, schedule = Labeled().train(), make_schedule("cosine", 10)
     y = torch.tensor([0, 2])
     denoise = Denoiser(Guided(model, 2.0), schedule, "v")
     last(ddim_sample(denoise, schedule, (2, 1, 2, 2), 3, y=y, generator=seeded()))

@@ -123,8 +123,8 @@ def test_warns_of_visible_signal_and_its_factor_mends_it(timesteps):
 
 
 @pytest.mark.parametrize("left, warned", [(0.06, True), (0.04, False)])
-def test_warns_from_five_hundredths_of_the_picture(left, warned):
-    """What is left of the picture in x_T is √alpha_bar, not alpha_bar."""
+def test_warns_from_five_hundredths_of_the_image(left, warned):
+    """What is left of the image in x_T is √alpha_bar, not alpha_bar."""
     betas = torch.full((10,), 1 - left ** (2 / 10), dtype=torch.float64)
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")

@@ -196,7 +196,7 @@ def adamw(folder):
 
 def streamed(folder):
     """The same images from disk, each process reading its own part ahead."""
-    images = FolderImages(find_images(folder / "pictures"), 8, 1)
+    images = FolderImages(find_images(folder / "images"), 8, 1)
     return [record.loss for record in train(state_of(config()), images, labels=LABELS)]
 
 
@@ -327,9 +327,9 @@ def one(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("two")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for i, image in enumerate(IMAGES):
-        iio.imwrite(folder / "pictures" / f"{i:02}.png", image[0].numpy())
+        iio.imwrite(folder / "images" / f"{i:02}.png", image[0].numpy())
     half = state_of(config())
     for record in train(half, IMAGES, None, folder / "one", labels=LABELS):
         half.stopped = record.step == 9

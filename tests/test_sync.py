@@ -22,7 +22,6 @@ BUILT_IN = {
             "fold_pixels",
             "unfold_pixels",
             "zero_init",
-            "GroupNorm32",
             "ResBlock",
             "SelfAttention",
             "DownLevel",
@@ -34,7 +33,7 @@ BUILT_IN = {
     "04_training": {
         "diffusion": ["velocity", "training_target", "predict_x0", "diffusion_loss"],
         "training": ["sample_timesteps", "train_step", "EMA", "learning_rate"],
-        "optimizer": ["orthogonalise", "Muon"],
+        "optimizer": ["orthogonalize", "Muon"],
     },
     "05_sampling": {
         "diffusion": ["Denoiser", "q_posterior", "p_mean_variance", "p_sample"],
@@ -54,13 +53,12 @@ BUILT_IN = {
     "08_evaluation": {
         "evaluation": [
             "frechet_distance",
-            "polynomial_mmd",
             "kernel_distance",
-            "neighbour_radii",
+            "neighbor_radii",
             "precision_recall",
             "coverage",
             "gaussian_kl",
-            "discretised_log_likelihood",
+            "discretized_log_likelihood",
             "prior_term",
             "bound_term",
         ]
@@ -68,9 +66,9 @@ BUILT_IN = {
     "09_exact_denoiser": {"oracle": ["GaussianDenoiser", "MixtureDenoiser", "DataDenoiser"]},
 }
 PLACES = [
-    (lesson, room, name)
-    for lesson, rooms in BUILT_IN.items()
-    for room, names in rooms.items()
+    (lesson, module, name)
+    for lesson, modules in BUILT_IN.items()
+    for module, names in modules.items()
     for name in names
 ]
 
@@ -96,14 +94,14 @@ def bare(node: ast.AST) -> str:
 
 
 @pytest.mark.parametrize(
-    ("lesson", "room", "name"), PLACES, ids=[f"{lesson[:2]}-{name}" for lesson, _, name in PLACES]
+    ("lesson", "module", "name"), PLACES, ids=[f"{lesson[:2]}-{name}" for lesson, _, name in PLACES]
 )
-def test_lesson_and_package_define_the_same(lesson, room, name):
+def test_lesson_and_package_define_the_same(lesson, module, name):
     in_lesson = definitions(code_of(read_lesson(lesson))).get(name, [])
     assert len(in_lesson) == 1, f"{name} stands {len(in_lesson)} times in {lesson}, expected once"
-    package = inspect.getsource(importlib.import_module(f"ddpm_utils.{room}"))
+    package = inspect.getsource(importlib.import_module(f"ddpm_utils.{module}"))
     assert bare(in_lesson[0]) == bare(definitions(package)[name][0]), (
-        f"{name} differs between {lesson} and {room}.py"
+        f"{name} differs between {lesson} and {module}.py"
     )
 
 
@@ -115,9 +113,9 @@ def test_no_lesson_defines_what_another_builds(lesson):
     assert not again, f"{lesson} defines {sorted(again)} again: import them from ddpm_utils"
 
 
-@pytest.mark.parametrize(("lesson", "room", "name"), PLACES, ids=[name for _, _, name in PLACES])
-def test_synced_definitions_fit_a_cell(lesson, room, name):
-    source = inspect.getsource(importlib.import_module(f"ddpm_utils.{room}"))
+@pytest.mark.parametrize(("lesson", "module", "name"), PLACES, ids=[name for _, _, name in PLACES])
+def test_synced_definitions_fit_a_cell(lesson, module, name):
+    source = inspect.getsource(importlib.import_module(f"ddpm_utils.{module}"))
     lines = len(ast.unparse(definitions(source)[name][0]).splitlines())
     assert lines <= 42, f"{name} is {lines} lines long"
 

@@ -318,9 +318,9 @@ def test_learning_rate_is_positive_and_never_above_its_peak(tiny, total, changes
 @pytest.mark.parametrize("target", ["eps", "x0", "v"])
 def test_every_target_trains(fresh, target):
     state = fresh(target=target, epochs=10)
-    grey = torch.full_like(IMAGES, 200)
-    before = training.held_out_loss(state.ema.model, state.schedule, grey, target)
-    records = run(state, images=grey, held_out=grey)
+    gray = torch.full_like(IMAGES, 200)
+    before = training.held_out_loss(state.ema.model, state.schedule, gray, target)
+    records = run(state, images=gray, held_out=gray)
     assert records[-1].held_out < 0.8 * before
 
 

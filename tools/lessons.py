@@ -22,7 +22,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-# what README shows, and which picture of a rendered lesson it is
+# what README shows, and which image of a rendered lesson it is
 ASSETS = {"from_noise.gif": "lesson_05/first.gif"}
 # what `run` executes unless told otherwise: a quarter of an hour on two cores
 FIRST = ("01", "02", "03", "04", "05")

@@ -1,4 +1,4 @@
-"""Weights by whatever name, and pictures drawn from them: what `train`, `sample` and `evaluate`
+"""Weights by whatever name, and images drawn from them: what `train`, `sample` and `evaluate`
 share.
 """
 
@@ -14,7 +14,7 @@ from ..config import TrainConfig
 from ..diffusion import Denoiser
 from ..schedules import make_schedule
 
-BATCH = 256  # pictures drawn at once; part of what a seed means
+BATCH = 256  # images drawn at once; part of what a seed means
 
 
 def load_weights(what: str, device) -> tuple[nn.Module, TrainConfig]:

@@ -20,12 +20,12 @@ from . import drawing, flags
 ABOUT = "samples.json"  # says where the files beside it come from
 SAMPLES = 64  # images, if neither a flag nor a recipe says how many
 ROWS, COLUMNS = 6, 10  # of the strip, at most
-FRAMES, FILMED, MS = 60, 64, 80  # of the GIF: frames and pictures, at most; milliseconds a frame
+FRAMES, FILMED, MS = 60, 64, 80  # of the GIF: frames and images, at most; milliseconds a frame
 
 
 @dataclass(frozen=True)
 class Views:
-    """What is shown of the pictures.
+    """What is shown of the images.
 
     Strip and film are lists of times, −1 for the finished ones; an empty one: there is none.
     """
@@ -34,7 +34,7 @@ class Views:
     strip: list[int]
     rows: int  # of the strip, at most
     film: list[int]
-    filmed: int  # pictures in the film, at most
+    filmed: int  # images in the film, at most
     hold_ms: int  # of its last frame
 
 
@@ -126,7 +126,7 @@ def of_recipe(options: flags.Sample, cfg: TrainConfig) -> tuple[drawing.Plan, Vi
             "and --steps out"
         )
     recipe, every = RECIPES[options.recipe], cfg.timesteps
-    n = recipe.pictures if options.n is None else options.n
+    n = recipe.images if options.n is None else options.n
     how = dataclasses.replace(
         drawing.plan(cfg, n, "ddpm", None, options.seed), variance=recipe.variance, clamp=False
     )
@@ -146,7 +146,7 @@ def spread(times: list[int], n: int) -> list[int]:
 
 
 def write(folder: Path, x: Tensor, states: dict[int, Tensor], views: Views) -> list[str]:
-    """`grid.png` of all pictures x, pixel by pixel; `strip.png`, `samples.gif` of states {t: (N, C,
+    """`grid.png` of all images x, pixel by pixel; `strip.png`, `samples.gif` of states {t: (N, C,
     H, W)}. Returns the names.
     """
     iio.imwrite(folder / "grid.png", plots.tile(x, views.columns))
@@ -156,7 +156,7 @@ def write(folder: Path, x: Tensor, states: dict[int, Tensor], views: Views) -> l
         rows = {f"no. {i + 1}": torch.stack([states[t][i] for t in views.strip]) for i in range(n)}
         figure = plots.strip(rows, [f"t = {t}" if t >= 0 else "done" for t in views.strip])
         (folder / "strip.png").write_bytes(
-            plots.show(figure, "Noise turns into pictures from left to right").data
+            plots.show(figure, "Noise turns into images from left to right").data
         )
         names.append("strip.png")
     if views.film:

@@ -37,7 +37,7 @@ from .losslog import LossLog
 # below the first, say so; the default run on Fashion-MNIST makes the second
 FEW_STEPS, DEFAULT_STEPS = 500, 2812
 HELD_OUT = 512  # test images on which the loss is measured
-SAMPLES = 64  # pictures in samples.png
+SAMPLES = 64  # images in samples.png
 
 
 def run(options: flags.Train) -> int:
@@ -262,7 +262,7 @@ def build(cfg: TrainConfig, train_set: data.ImageSet, device) -> training.TrainS
     """The state before the first step. Raises ValueError if network and images do not fit."""
     runtime.seed_everything(cfg.seed)
     state = training.TrainState(cfg, pretrained.build(cfg), device)
-    # a picture of the wrong size or colour is told before anything is written
+    # an image of the wrong size or color is told before anything is written
     with torch.no_grad():
         x = torch.zeros(1, *train_set.images.shape[1:], device=device)
         y = torch.zeros(1, dtype=torch.long, device=device) if cfg.num_classes else None

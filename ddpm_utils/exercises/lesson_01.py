@@ -12,7 +12,7 @@ def _close(a: float, b: float) -> bool:
 
 
 def check_crossing(guess, schedule) -> Verdict:
-    """Is `guess` the first t at which noise outweighs the picture, so SNR < 1?
+    """Is `guess` the first t at which noise outweighs the image, so SNR < 1?
 
     Right within 5 % of the steps.
     """
@@ -43,7 +43,7 @@ def check_crossing(guess, schedule) -> Verdict:
     side = (
         "too late: noise won earlier"
         if guess > first
-        else "too early: the picture is still the stronger part"
+        else "too early: the image is still the stronger part"
     )
     return wrong(f"{side}. At t = {guess} the SNR is {there:.3g}, and you are looking for 1")
 
@@ -86,7 +86,7 @@ def check_even_betas(answer, timesteps: int, last_std: float) -> Verdict:
             "adds to it"
         )
     if bool(((betas - (1 - wanted.square())).abs() < 1e-4).all()):
-        return wrong("these are the alpha_bars: a beta is 1 minus the ratio of two neighbours")
+        return wrong("these are the alpha_bars: a beta is 1 minus the ratio of two neighbors")
     ratio = torch.cat([betas.new_ones(1), 1 - wanted.square()])
     if bool(((betas - ratio[1:] / ratio[:-1]).abs() < 1e-4).all()):
         return wrong("these are the alphas, the ratios themselves: beta_t = 1 − alpha_t is missing")
@@ -120,8 +120,7 @@ def check_jump(answer, schedule) -> Verdict:
             )
         if _close(factor, alpha_bars[t].sqrt().item()):
             return wrong(
-                here
-                + "your factor is the one that leads from the clean picture; from x_s, part of "
+                here + "your factor is the one that leads from the clean image; from x_s, part of "
                 "the way is done"
             )
         right_factor = _close(factor, math.sqrt(kept))

@@ -1,5 +1,5 @@
 """Checks for lesson 03: the parameters of a block, padding to a size that divides, what of a shift
-a normalisation keeps.
+a normalization keeps.
 """
 
 import torch
@@ -27,7 +27,7 @@ def _parameter_slip(off: int, c_in: int, c_out: int, time_dim: int) -> str:
         -2
         * (
             c_in + c_out
-        ): "the two normalisations are missing; each has a weight and a bias for every channel",
+        ): "the two normalizations are missing; each has a weight and a bias for every channel",
         -4 * c_out: "the biases of the convolutions and of the time layer are missing",
         -5 * c_out: "the biases are missing, that of the shortcut too",
         -(time_dim + 1)
@@ -59,7 +59,7 @@ def check_padding(answer) -> Verdict:
             return failed
         if not isinstance(given, torch.Tensor) or given.ndim != 4:
             return wrong(
-                "your function should return a batch of pictures, a tensor with four sides as x has"
+                "your function should return a batch of images, a tensor with four sides as x has"
             )
         case = f"{height} × {width} with divisor {divisor}"
         expected = tuple(-(-side // divisor) * divisor for side in (height, width))
@@ -91,17 +91,17 @@ def check_padding(answer) -> Verdict:
                     f"{case}: everything went to the right and below; share it between both sides"
                 )
             return wrong(
-                f"{case}: the picture is not found in the middle of the result: pad, do not resize"
+                f"{case}: the image is not found in the middle of the result: pad, do not resize"
             )
         border = given.sum() - x.sum()
         pixels = given.numel() - x.numel()
         if pixels and (border / pixels + 1).abs() > 1e-4:
-            grey = (border / pixels).item()
-            hint = " In model range 0 is a middle grey" if abs(grey) < 1e-4 else ""
+            gray = (border / pixels).item()
+            hint = " In model range 0 is a middle gray" if abs(gray) < 1e-4 else ""
             return wrong(
-                f"{case}: the border has the mean value {grey:.2f}, but black is −1.{hint}"
+                f"{case}: the border has the mean value {gray:.2f}, but black is −1.{hint}"
             )
-    return right("the next size that divides, black around, the picture untouched in the middle")
+    return right("the next size that divides, black around, the image untouched in the middle")
 
 
 def check_survivors(answer) -> Verdict:

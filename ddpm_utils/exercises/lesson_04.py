@@ -76,7 +76,7 @@ def check_v_from_eps(answer) -> Verdict:
     if near(cosine * eps - sine * x_t):
         return wrong(
             "that is the definition of v with x_t in the place of x0: the two are not the same "
-            "picture"
+            "image"
         )
     if near((x_t - sine * eps) / cosine):
         return wrong("that is x0: one more step, or solve ε = √(1 − ᾱ)·x_t + √ᾱ·v for v directly")
@@ -99,10 +99,10 @@ def check_loss_of_zero(answer) -> Verdict:
 
     if near(alpha_bar + (1 - alpha_bar) * power):
         return right(
-            "ᾱ + (1 − ᾱ)·power: pure noise at the clean end, the picture itself at the noisy end"
+            "ᾱ + (1 − ᾱ)·power: pure noise at the clean end, the image itself at the noisy end"
         )
     if near(1 - alpha_bar + alpha_bar * power):
-        return wrong("that is the mean square of x_t: in v noise and picture have changed places")
+        return wrong("that is the mean square of x_t: in v noise and image have changed places")
     if near(alpha_bar.sqrt() + (1 - alpha_bar).sqrt() * power):
         return wrong("squaring v squares its factors too: the roots go away")
     if near(alpha_bar - (1 - alpha_bar) * power):
@@ -112,7 +112,7 @@ def check_loss_of_zero(answer) -> Verdict:
         )
     if near(torch.ones(11, dtype=torch.float64)):
         return wrong(
-            "1 is right for eps, whose variance is 1: v also contains the picture, with mean "
+            "1 is right for eps, whose variance is 1: v also contains the image, with mean "
             "square `power`"
         )
     if near(alpha_bar + (1 - alpha_bar) * power**2):

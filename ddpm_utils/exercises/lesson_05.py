@@ -9,7 +9,7 @@ from . import Verdict, attempt, float64, is_number, right, unanswered, wrong
 
 def check_last_noise(guess) -> Verdict:
     """Exercise 5.1: noise wrongly added at t = 0 with beta_0 = 1e-4, as a standard deviation in
-    grey levels of 0 … 255.
+    gray levels of 0 … 255.
     """
     if guess is None:
         return unanswered()
@@ -18,27 +18,27 @@ def check_last_noise(guess) -> Verdict:
     truth, slack = math.sqrt(1e-4) * 127.5, 0.15
     if abs(guess / truth - 1) <= slack:
         return right(
-            f"{truth:.3f} grey levels: √1e-4 = 0.01 in model range, and 1 of model range is 127.5 "
-            "grey levels."
+            f"{truth:.3f} gray levels: √1e-4 = 0.01 in model range, and 1 of model range is 127.5 "
+            "gray levels."
         )
     slips = {
         math.sqrt(
             1e-4
-        ): "that is the standard deviation in model range: how many grey levels is 1 in model "
+        ): "that is the standard deviation in model range: how many gray levels is 1 in model "
         "range?",
-        1e-4: "that is the variance itself: take its root, then turn model range into grey levels.",
+        1e-4: "that is the variance itself: take its root, then turn model range into gray levels.",
         1e-4
-        * 127.5: "you turned the variance into grey levels: a variance is squared, so take its "
+        * 127.5: "you turned the variance into gray levels: a variance is squared, so take its "
         "root first.",
         math.sqrt(1e-4)
-        * 255: "[−1, 1] is two wide: 255 grey levels stand for 2, so 1 is worth 127.5 of them, "
+        * 255: "[−1, 1] is two wide: 255 gray levels stand for 2, so 1 is worth 127.5 of them, "
         "not 255.",
     }
     for slip, words in slips.items():
         if abs(guess / slip - 1) <= slack:
             return wrong(words)
     return wrong(
-        "not that: take the root of beta_0, then multiply by the grey levels in one unit of model "
+        "not that: take the root of beta_0, then multiply by the gray levels in one unit of model "
         "range."
     )
 

@@ -78,7 +78,7 @@ def check_leading(answer) -> Verdict:
             )
     return right(
         "and the first time is 980 of 999 for 50 steps: the network is told that pure noise still "
-        "holds some picture."
+        "holds some image."
     )
 
 
@@ -101,9 +101,7 @@ def check_coefficients(answer) -> Verdict:
         return torch.allclose(value, target, rtol=1e-6)
 
     if same(a, true_a) and same(b, true_b):
-        return right(
-            "b is negative: a step towards the picture scales x_t up, and takes noise out."
-        )
+        return right("b is negative: a step towards the image scales x_t up, and takes noise out.")
     if same(a, true_a) and same(b, -true_b):
         return wrong(
             "the sign of b: the step is written a·x_t + b·ε, with a plus, and noise is taken out."
@@ -118,7 +116,7 @@ def check_coefficients(answer) -> Verdict:
             "a is √ᾱ_s, the weight of x̂₀. Put x̂₀ = (x_t − √(1−ᾱ_t)·ε)/√ᾱ_t in, and collect x_t."
         )
     if same(a, 1 / true_a):
-        return wrong("a is upside down: the picture grows on the way down, by √(ᾱ_s/ᾱ_t).")
+        return wrong("a is upside down: the image grows on the way down, by √(ᾱ_s/ᾱ_t).")
     if same(a, true_a):
         return wrong(
             "a is right; b is not: √(1 − ᾱ_s) straight from (06.1), and a part that comes through "

@@ -26,7 +26,7 @@ def check_convention(guess) -> Verdict:
 
 
 def check_interval(answer) -> Verdict:
-    """Exercise 7.2: guidance where low <= t < high, a picture at a time; elsewhere the answer with
+    """Exercise 7.2: guidance where low <= t < high, an image at a time; elsewhere the answer with
     the label.
     """
     free, named = torch.randn(2, 5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -62,7 +62,7 @@ def check_interval(answer) -> Verdict:
     if torch.allclose(got, guided):
         return wrong("you guide at every time.")
     return wrong(
-        "not that: look at each picture's own t, and choose between free + scale·(named − free) "
+        "not that: look at each image's own t, and choose between free + scale·(named − free) "
         "and named."
     )
 

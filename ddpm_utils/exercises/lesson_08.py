@@ -91,7 +91,7 @@ def check_density(answer) -> Verdict:
     around_fakes = "these are balls around the samples: density uses those around the real points."
     of_fakes = between.T <= radii(fake, k)
     slips = {
-        share(inside): "the division by k is missing: without it real pictures score about k.",
+        share(inside): "the division by k is missing: without it real images score about k.",
         share(
             inside.any(dim=1, keepdim=True)
         ): "this is precision: count the balls a sample lies in, do not ask for any.",
@@ -138,7 +138,7 @@ def check_means_part(answer) -> Verdict:
 
     if is_near(lambda trace, n, m: trace * (1 / n + 1 / m)):
         return right(
-            "trace · (1/n + 1/m): chance alone, and it goes only with the number of pictures."
+            "trace · (1/n + 1/m): chance alone, and it goes only with the number of images."
         )
     one = "only one set scatters in this: the mean of the other has a variance of its own."
     slips = [

@@ -8,7 +8,7 @@ from . import Verdict, attempt, float64, is_number, right, unanswered, wrong
 
 
 def check_lead(guess) -> Verdict:
-    """Exercise 9.1: the mean of ln s₁ − ln s₂ for two pictures with |x₁ − x₂|² = 100 at a
+    """Exercise 9.1: the mean of ln s₁ − ln s₂ for two images with |x₁ − x₂|² = 100 at a
     signal-to-noise ratio of 0.1.
     """
     if guess is None:

@@ -108,7 +108,7 @@ def _reach_slip(given: float, layers, true: int) -> str:
         return "that is how far it sees to one side; the question is about the whole side."
     if given == 1 + sum(kernel - 1 for kernel, _ in layers):
         return (
-            "after a stride neighbours are further apart: a later layer's kernel counts in "
+            "after a stride neighbors are further apart: a later layer's kernel counts in "
             "longer steps."
         )
     if given == early:

@@ -10,7 +10,7 @@ from .guide import Guide
 from .mnist32 import Mnist32
 
 NETWORKS = {"anime": Anime, "article": Article, "guide": Guide, "mnist32": Mnist32}
-ANY_CHANNELS = ("anime", "guide")  # the others were published for grey images alone
+ANY_CHANNELS = ("anime", "guide")  # the others were published for gray images alone
 HAVE_A_TABLE = ("article", "mnist32")  # of times, with as many rows as the schedule
 
 
@@ -37,7 +37,7 @@ def build(name: str, timesteps: int = 1000, channels: int | None = None, **setti
         settings["channels"] = channels
     elif channels not in (None, 1):
         raise ValueError(
-            f"channels={channels}: the network {name!r} was published for grey images, with 1 "
+            f"channels={channels}: the network {name!r} was published for gray images, with 1 "
             "channel"
         )
     return NETWORKS[name](**settings)

@@ -28,15 +28,15 @@ class Block(nn.Module):
     twice conv3, SiLU.
     """
 
-    def __init__(self, size: int, c_in: int, c_out: int, normalise: bool = True):
+    def __init__(self, size: int, c_in: int, c_out: int, normalize: bool = True):
         super().__init__()
         self.norm = nn.LayerNorm((c_in, size, size))
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.normalise = normalise
+        self.normalize = normalize
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x) if self.normalise else x
+        x = self.norm(x) if self.normalize else x
         return F.silu(self.conv2(F.silu(self.conv1(x))))
 
 
@@ -50,14 +50,14 @@ class Level(nn.Module):
         size: int,
         widths: tuple[int, int, int, int],
         time_dim: int,
-        normalise_last: bool = True,
+        normalize_last: bool = True,
     ):
         super().__init__()
         c = widths[0]
         self.time = nn.Sequential(nn.Linear(time_dim, c), nn.SiLU(), nn.Linear(c, c))
         pairs = zip(widths[:-1], widths[1:], strict=True)
         self.blocks = nn.Sequential(
-            *(Block(size, a, b, normalise_last or i < 2) for i, (a, b) in enumerate(pairs))
+            *(Block(size, a, b, normalize_last or i < 2) for i, (a, b) in enumerate(pairs))
         )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Article(nn.Module):
         self.from7 = nn.ConvTranspose2d(20, 20, 4, stride=2, padding=1)
         self.up2 = Level(14, (40, 20, 10, 10), time_dim)
         self.from14 = nn.ConvTranspose2d(10, 10, 4, stride=2, padding=1)
-        self.up1 = Level(28, (20, 10, 10, 10), time_dim, normalise_last=False)
+        self.up1 = Level(28, (20, 10, 10, 10), time_dim, normalize_last=False)
         self.head = nn.Conv2d(10, 1, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

@@ -124,14 +124,14 @@ def obtain(cfg: TrainConfig, device="cpu", seconds: float = 60.0) -> torch.nn.Mo
         )
         return load(name, device)[0]
     print(
-        f"WEIGHTS: NONE FIT THIS CONFIG. Training for {seconds:.0f} s now; expect rough pictures. "
+        f"WEIGHTS: NONE FIT THIS CONFIG. Training for {seconds:.0f} s now; expect rough images. "
         "Lesson 04 trains properly."
     )
     return _train_briefly(cfg, model, device, seconds)
 
 
 def load_classifier(dataset: str = "fashion_mnist", device="cpu") -> Classifier:
-    """The shipped classifier of `dataset` in eval mode on `device`: the ruler's features (room
+    """The shipped classifier of `dataset` in eval mode on `device`: the metric's features (module
     `evaluation`).
 
     Raises FileNotFoundError that lists the data sets there are. For images of any other kind see

@@ -126,7 +126,7 @@ def _write_card(name: str, device, card: dict) -> Path:
         "hardware": runtime.hardware(device),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "licence": "MIT, like the rest of this repository",
+        "license": "MIT, like the rest of this repository",
     }
     path = FOLDER / f"{name}.json"
     path.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
