@@ -59,18 +59,10 @@ def save(path: Path | str, state) -> Path:
     }
     buffer = io.BytesIO()  # in memory first: PyTorch's own writer hides what a full disk says
     torch.save(payload, buffer)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         _remove_litter(path)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with runtime.whole_file(path) as file:
+            file.write(buffer.getbuffer())
     except OSError as error:
         raise NotSaved(
             f"{runtime.short_path(path)} was not written ({error.strerror or error}). All of it "

@@ -69,6 +69,7 @@ class TrainConfig:
     """
 
     # data
+
     # "fashion_mnist", "mnist", "digits", or a folder of images, such as ./faces
     dataset: str = "fashion_mnist"
     image_size: int = 28  # pixels a side, 8 … 256
@@ -76,13 +77,17 @@ class TrainConfig:
     pad: int = 0  # black pixels on each side, within image_size, 0 … less than half of it
     # of the network's images: [−1, 1], or "unit", [0, 1], for the recipe mnist32 alone
     data_range: str = "symmetric"
+
     # diffusion
+
     timesteps: int = 1000  # T, 2 … 10000
     schedule: str = "cosine"  # of the betas, "linear" or "cosine"
     # multiplies the linear betas, 0.001 … 1000; 1000 / T keeps the noise of T = 1000
     beta_scale: float = 1.0
     target: str = "v"  # what the network predicts, "eps", "x0" or "v"
+
     # network
+
     # "unet", of the fields below, or a gallery member: "anime", "article", "guide", "mnist32"
     model: str = "unet"
     widths: tuple[int, ...] = (48, 64)  # channels of each level, multiples of `groups`
@@ -96,7 +101,9 @@ class TrainConfig:
     heads: int = 4  # of the attention, 1 … 1024; must divide the width of the levels that attend
     dropout: float = 0.0  # in the residual blocks, in training only, 0 … 0.9
     num_classes: int = 0  # labels the network is told, 0 … 10000; 0: no labels
+
     # optimization
+
     epochs: float = 1.5  # passes over the training images, 1e-6 … 1e5, may be a fraction
     batch_size: int = 32  # images a step, 1 … 4096
     # share of the labels that training withholds, so that the network can do without, 0 … 1

@@ -1,15 +1,15 @@
-"""The closed-form mathematics: q, its posterior, p, the loss, and the denoiser, named as in DDPM
-(arXiv 2006.11239).
+"""The closed-form mathematics of diffusion: q, its posterior, p, the loss and the denoiser.
 
-Two interfaces divide the package. A *network* answers what it was trained for: model(x_t, t,
-y=None) → eps, x0 or v. Losses and training speak to networks. A *denoiser* answers with the clean
-image: denoise(x_t, t, y=None) → x0_hat. Samplers and metrics speak to denoisers. `Denoiser` makes
-one of a network, and the exact solutions in `oracle` are denoisers already.
+The names are those of DDPM (arXiv 2006.11239).
 
-Another path from image to noise, such as flow matching's straight line, is to be another module
-with functions of its own behind the same denoiser interface, not a general path that these
-functions are written for: a line here then reads like its equation in the paper, and a line there
-does, too.
+The package has two interfaces. A *network* predicts the quantity it was trained on:
+model(x_t, t, y=None) → eps, x0 or v. Losses and training take networks. A *denoiser* returns the
+clean image: denoise(x_t, t, y=None) → x0_hat. Samplers and metrics take denoisers. `Denoiser` turns
+a network into a denoiser. The exact solutions in `oracle` are denoisers already.
+
+Another path from image to noise, such as the straight line of flow matching, belongs in another
+module with its own functions and the same denoiser interface. The functions here are not
+generalized to arbitrary paths, so that each line reads like its equation in the paper.
 """
 
 import contextlib
@@ -22,27 +22,28 @@ from .schedules import NoiseSchedule, check_timesteps
 
 
 def at(values: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    """values[t], shaped (B, 1, 1, …) so that it multiplies a batch shaped like x.
+    """Return values[t], shaped (B, 1, 1, …) so that it multiplies a batch shaped like x.
 
-    Raises ValueError on a bad t.
+    Raises ValueError on a t that `check_timesteps` rejects.
     """
     check_timesteps(t, len(values))
     return values[t].view(-1, *[1] * (x.ndim - 1))
 
 
 def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """x_t = √alpha_bar_t · x0 + √(1 − alpha_bar_t) · eps: a draw of q(x_t | x0) in one jump (DDPM
-    Eq. 4).
+    """Return a sample x_t of q(x_t | x0), computed in one step (DDPM Eq. 4).
 
-    x0, eps: (B, …), eps standard normal; t: (B,) long in 0 … T−1. Returns (B, …).
+    x_t = √alpha_bar_t · x0 + √(1 − alpha_bar_t) · eps. The images x0 and the standard normal noise
+    eps have shape (B, …); t is (B,) long in 0 … T−1. Returns a tensor of shape (B, …).
     """
     alpha_bar_t = at(schedule.alpha_bars, t, x0)
     return alpha_bar_t.sqrt() * x0 + (1 - alpha_bar_t).sqrt() * eps
 
 
 def velocity(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """v = √alpha_bar_t · eps − √(1 − alpha_bar_t) · x0 (Progressive Distillation, arXiv 2202.00512,
-    section 4).
+    """Return the velocity v (Progressive Distillation, arXiv 2202.00512, section 4).
+
+    v = √alpha_bar_t · eps − √(1 − alpha_bar_t) · x0.
     """
     alpha_bar_t = at(schedule.alpha_bars, t, x0)
     return alpha_bar_t.sqrt() * eps - (1 - alpha_bar_t).sqrt() * x0
@@ -51,7 +52,10 @@ def velocity(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Ten
 def training_target(
     schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor, target: str = "eps"
 ) -> Tensor:
-    """What the network is asked for: "eps" (DDPM Eq. 14), "x0", or "v". Shaped like x0."""
+    """Return the network's regression target: "eps" (DDPM Eq. 14), "x0" or "v".
+
+    The result has the shape of x0. Raises ValueError on any other `target`.
+    """
     if target == "eps":
         return eps
     if target == "x0":
@@ -64,8 +68,10 @@ def training_target(
 def predict_x0(
     schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Tensor, target: str = "eps"
 ) -> Tensor:
-    """The clean image x0_hat that a prediction at (x_t, t) implies: DDPM Eq. 15 for "eps"; √ᾱ·x_t
-    − √(1−ᾱ)·v for "v".
+    """Return the clean image x0_hat that a prediction at (x_t, t) implies.
+
+    This is DDPM Eq. 15 for "eps", the prediction itself for "x0", and
+    √alpha_bar_t · x_t − √(1 − alpha_bar_t) · v for "v". Raises ValueError on any other `target`.
     """
     alpha_bar_t = at(schedule.alpha_bars, t, x_t)
     if target == "eps":
@@ -78,8 +84,9 @@ def predict_x0(
 
 
 def predict_eps(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, x0_hat: Tensor) -> Tensor:
-    """The noise that remains once x0_hat is taken out: eps = (x_t − √alpha_bar_t · x0_hat) / √(1 −
-    alpha_bar_t).
+    """Return the noise that x_t contains if its clean image is x0_hat.
+
+    eps = (x_t − √alpha_bar_t · x0_hat) / √(1 − alpha_bar_t).
     """
     alpha_bar_t = at(schedule.alpha_bars, t, x_t)
     return (x_t - alpha_bar_t.sqrt() * x0_hat) / (1 - alpha_bar_t).sqrt()
@@ -88,8 +95,9 @@ def predict_eps(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, x0_hat: Tensor)
 def diffusion_loss(
     model, schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor, target: str = "eps", y=None
 ) -> Tensor:
-    """Mean squared error of the network's answer at x_t ~ q(x_t | x0): L_simple (DDPM Eq. 14) for
-    "eps". A scalar.
+    """Return the mean squared error of the network's prediction at x_t ~ q(x_t | x0), a scalar.
+
+    For "eps" this is L_simple (DDPM Eq. 14).
     """
     x_t = q_sample(schedule, x0, t, eps)
     prediction = model(x_t, t, y)
@@ -99,15 +107,14 @@ def diffusion_loss(
 def q_posterior(
     schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of q(x_{t−1} | x_t, x0) (DDPM Eq. 6–7).
+    """Return the mean and the variance of q(x_{t−1} | x_t, x0) (DDPM Eq. 6–7).
 
-    The variance is beta-tilde, shaped (B, 1, …); 0 at t = 0.
+    The variance is beta-tilde, shaped (B, 1, …). It is 0 at t = 0.
     """
     beta_t, alpha_t = at(schedule.betas, t, x_t), at(schedule.alphas, t, x_t)
-    one = schedule.alpha_bars.new_ones(1)  # before the first step nothing is lost
+    one = schedule.alpha_bars.new_ones(1)  # alpha_bar before the first step
     alpha_bar_prev = at(torch.cat([one, schedule.alpha_bars[:-1]]), t, x_t)
-    # This is 1 − alpha_bar_t, written so that at t = 0 it is beta_t to the last bit and the mean is
-    # x0 itself.
+    # This is 1 − alpha_bar_t, written so that at t = 0 it equals beta_t exactly and the mean is x0.
     noise_t = beta_t + alpha_t * (1 - alpha_bar_prev)
     mean = (
         alpha_bar_prev.sqrt() * beta_t * x0 + alpha_t.sqrt() * (1 - alpha_bar_prev) * x_t
@@ -118,8 +125,10 @@ def q_posterior(
 def p_mean_variance(
     schedule: NoiseSchedule, x0_hat: Tensor, x_t: Tensor, t: Tensor, variance: str = "beta_tilde"
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of p(x_{t−1} | x_t): the posterior with x0_hat for x0; "beta_tilde" or
-    "beta" (DDPM section 3.2).
+    """Return the mean and the variance of p(x_{t−1} | x_t).
+
+    The mean is that of the posterior q with x0_hat in place of x0. The variance is "beta_tilde" or
+    "beta" (DDPM section 3.2). Raises ValueError on any other `variance`.
     """
     mean, beta_tilde = q_posterior(schedule, x0_hat, x_t, t)
     if variance == "beta_tilde":
@@ -131,7 +140,11 @@ def p_mean_variance(
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module):
-    """`model` in eval mode inside the block, as it was afterwards, whatever happens."""
+    """Put `model` in eval mode inside the block and restore its modes afterwards.
+
+    The modes are restored even after an error. An object that is not an `nn.Module` passes
+    unchanged.
+    """
     modes = (
         [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
     )
@@ -145,12 +158,12 @@ def eval_mode(model: nn.Module):
 
 
 class Denoiser(nn.Module):
-    """denoise(x_t, t, y=None) → x0_hat: the clean image that the answer of `model` to (x_t, t, y)
-    implies.
+    """A denoiser made from a network: denoise(x_t, t, y=None) → x0_hat.
 
-    `target` says what the network predicts: "eps", "x0" or "v". With `clamp`, x0_hat is held in
-    [−1, 1], where the images are. The one place where a prediction becomes an image; no gradient
-    passes.
+    x0_hat is the clean image that the prediction of `model` at (x_t, t, y) implies. `target` names
+    what the network predicts: "eps", "x0" or "v". If `clamp` is true, x0_hat is clamped to [−1, 1],
+    the range of the images. The package converts predictions to images only here. No gradient is
+    computed.
     """
 
     def __init__(self, model, schedule: NoiseSchedule, target: str = "eps", clamp: bool = True):
@@ -172,11 +185,10 @@ def p_sample(
     generator: torch.Generator | None = None,
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One reverse step: a draw of p(x_{t−1} | x_t), the posterior (DDPM Eq. 6–7) with x0_hat for
-    x0. Returns (x_prev, x0_hat).
+    """Take one reverse step: draw x_prev from p(x_{t−1} | x_t) and return (x_prev, x0_hat).
 
-    With an unclamped `Denoiser` this is DDPM's Algorithm 2, lines 3–4. No noise is added where t =
-    0.
+    The distribution is the posterior (DDPM Eq. 6–7) with x0_hat in place of x0. With an unclamped
+    `Denoiser` this is DDPM's Algorithm 2, lines 3–4. No noise is added where t = 0.
     """
     x0_hat = denoise(x_t, t, y)
     mean, var = p_mean_variance(schedule, x0_hat, x_t, t, variance)

@@ -1,4 +1,4 @@
-"""How a network is told the time."""
+"""Embeddings that give a network the timestep."""
 
 import math
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """sin(t·w_i) for i = 0 … dim/2 − 1, then cos(t·w_i), with w_i = max_period^(−2i/dim)
-    (Transformer, arXiv 1706.03762, 3.5).
+    """Return the sinusoidal embedding of t (Transformer, arXiv 1706.03762, 3.5).
 
-    t: (B,) numbers, whole or not; returns (B, dim) float32 in [−1, 1]. Raises ValueError if dim is
+    It holds sin(t·w_i) for i = 0 … dim/2 − 1, then cos(t·w_i), with w_i = max_period^(−2i/dim). t
+    is (B,) numbers, whole or not. Returns (B, dim) float32 in [−1, 1]. Raises ValueError if dim is
     odd or below 2.
     """
     check_pairs(dim)
@@ -21,8 +21,9 @@ def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> T
 
 
 class TimeEmbedding(nn.Module):
-    """t (B,) → (B, dim): the sinusoid, then Linear – SiLU – Linear, so that the network can reshape
-    it to its needs.
+    """t (B,) → (B, dim): the sinusoidal embedding, then Linear – SiLU – Linear.
+
+    The two layers let the network transform the embedding.
     """
 
     def __init__(self, dim: int):

@@ -1,5 +1,7 @@
-"""Metrics for generated images: classifier features, distances between sets of them, and what
-they cannot see.
+"""Metrics for generated images: feature distances, memorization and the variational bound.
+
+The distances compare sets of classifier features. They cannot detect copies of training images,
+which other functions here measure.
 """
 
 import copy
@@ -17,8 +19,9 @@ from .schedules import NoiseSchedule
 
 
 class Classifier(nn.Module):
-    """(B, C, H, W) in [−1, 1] → (B, classes) logits; `features` returns the 96 numbers before the
-    last layer.
+    """(B, C, H, W) in [−1, 1] → (B, classes) logits.
+
+    `features` returns the 96 numbers before the last layer.
     """
 
     def __init__(self, num_classes: int = 10, channels: int = 1):
@@ -57,12 +60,12 @@ def train_classifier(
     seed: int = 0,
     device="cpu",
 ) -> Classifier:
-    """A `Classifier` in eval mode, trained on images (N, C, H, W) uint8 and labels (N,) long in 0 …
-    num_classes − 1.
+    """Train a `Classifier` and return it in eval mode.
 
-    AdamW with weight decay 0.02; the rate rises over 200 steps and falls to 0; every batch is moved
-    by up to `shift` pixels. All that is drawn depends on `seed` alone. Raises ValueError on images
-    or labels of another kind.
+    `images` is (N, C, H, W) uint8 and `labels` is (N,) long in 0 … num_classes − 1. Training uses
+    AdamW with weight decay 0.02. The learning rate rises over at most 200 steps and falls to 0.
+    Every batch is shifted by up to `shift` pixels. All random numbers depend on `seed` only. Raises
+    ValueError on other images or labels.
     """
     check_images(images)
     if labels.shape != images.shape[:1] or not (0 <= labels.min() and labels.max() < num_classes):
@@ -74,7 +77,7 @@ def train_classifier(
     batch_size = min(batch_size, n)
     total = epochs * (n // batch_size)
     warmup = min(200, max(1, total // 4))
-    # the layers draw from the global generator, which stays as it was
+    # the layers draw from the global generator; its state is restored afterwards
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed the GPUs, too
         model = runtime.place(Classifier(num_classes, images.shape[1]), device)
@@ -97,9 +100,9 @@ def train_classifier(
 
 @torch.no_grad()
 def extract_features(classifier: Classifier, images: Tensor, batch_size: int = 100) -> Tensor:
-    """Features of `images` (N, C, H, W) uint8 in float64, shape (N, 96), on the CPU.
+    """Return the features of `images` (N, C, H, W) uint8: (N, 96) float64 on the CPU.
 
-    ValueError on images of another kind.
+    Raises ValueError on images of another kind.
     """
     device = next(classifier.parameters()).device
     parts = check_images(images).split(batch_size)
@@ -111,8 +114,10 @@ def extract_features(classifier: Classifier, images: Tensor, batch_size: int = 1
 
 @torch.no_grad()
 def class_probabilities(classifier: Classifier, features: Tensor) -> Tensor:
-    """What the classifier makes of images with these features (N, 96): (N, classes) float64 on
-    the CPU, rows that sum to 1.
+    """Return the class probabilities of images with these features (N, 96).
+
+    The result is (N, classes) float64 on the CPU, with rows that sum to 1. Raises ValueError on
+    features of another shape.
     """
     weight = classifier.head.weight
     if features.ndim != 2 or features.shape[1] != weight.shape[1]:
@@ -124,9 +129,10 @@ def class_probabilities(classifier: Classifier, features: Tensor) -> Tensor:
 
 
 def class_histogram(predictions: Tensor, num_classes: int) -> Tensor:
-    """The share of each class among predictions (N,) long: (num_classes,) float64, summing to 1.
+    """Return the share of each class among predictions (N,) long.
 
-    A mode that is missing shows.
+    The result is (num_classes,) float64 and sums to 1. It shows whether a mode is missing. Raises
+    ValueError on predictions of another kind.
     """
     if predictions.dtype != torch.int64 or not (
         0 <= predictions.min() and predictions.max() < num_classes
@@ -139,11 +145,12 @@ def class_histogram(predictions: Tensor, num_classes: int) -> Tensor:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to features (N, D) and (M, D) (1706.08500, Eq. 6).
+    """Return the Fréchet distance between Gaussians fitted to two sets of features.
 
-    |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2(Σ_a Σ_b)^½), in float64. The trace of the root is the sum of the
-    roots of the eigenvalues of Σ_a^½ Σ_b Σ_a^½, which are real. The distance falls as N grows, so
-    compare at equal N only. Raises ValueError on features that do not fit or are not finite.
+    The features are (N, D) and (M, D). The distance is |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2(Σ_a Σ_b)^½)
+    (1706.08500, Eq. 6), in float64. The trace of the root is the sum of the roots of the
+    eigenvalues of Σ_a^½ Σ_b Σ_a^½, which are real. The distance falls as N grows, so compare at
+    equal N only. Raises ValueError on features that do not fit or are not finite.
     """
     a, b = check_features(a, b)
     mean_a, mean_b = a.mean(0), b.mean(0)
@@ -155,16 +162,17 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Kernel distance of features (N, D) and (M, D) (KID, Bińkowski et al., 1801.01401, section 3).
+    """Return the kernel distance of features (KID, Bińkowski et al., 1801.01401, section 3).
 
-    The unbiased squared maximum mean discrepancy with the kernel k(x, y) = (x·y / D + 1)³: the mean
-    of k within a, plus that within b, minus twice that between them. No feature is compared with
-    itself, so two sets from one distribution give 0 on average at any size, and a negative value
-    about every other time. Raises ValueError on features that do not fit or are not finite.
+    The features are (N, D) and (M, D). The distance is the unbiased squared maximum mean
+    discrepancy with the kernel k(x, y) = (x·y / D + 1)³: the mean of k within a, plus that within
+    b, minus twice that between them. No feature is compared with itself. Two sets from one
+    distribution therefore give 0 on average at any size, and about half of the values are negative.
+    Raises ValueError on features that do not fit or are not finite.
     """
     a, b = check_features(a, b)
 
-    def total(x, y):  # a thousand rows at a time, or the matrix of all pairs fills the memory
+    def total(x, y):  # 1000 rows at a time, since the matrix of all pairs may not fit
         return sum(((part @ y.T / y.shape[1] + 1) ** 3).sum() for part in x.split(1000))
 
     def within(x):
@@ -175,9 +183,9 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 
 
 def neighbor_radii(features: Tensor, k: int) -> Tensor:
-    """The distance of each feature (N, D) to its k-th nearest other: (N,).
+    """Return the distance of each feature (N, D) to its k-th nearest other: (N,).
 
-    ValueError unless 1 ≤ k < N.
+    Raises ValueError unless 1 ≤ k < N.
     """
     if not 1 <= k < len(features):
         raise ValueError(f"k={k} is outside 1 … {len(features) - 1}, the number of other features")
@@ -188,12 +196,12 @@ def neighbor_radii(features: Tensor, k: int) -> Tensor:
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al., 1904.06991, Eq. 1–2) of fake (M, D)
-    against real features (N, D).
+    """Return improved precision and recall (Kynkäänniemi et al., 1904.06991, Eq. 1–2).
 
-    Around each feature lies a ball that reaches to its k-th nearest neighbor. Precision: the share
-    of fakes inside some real ball. Recall: the share of reals inside some fake ball. Both change
-    with N and M: compare at equal numbers.
+    They compare fake features (M, D) with real features (N, D). Around each feature lies a ball
+    that reaches to its k-th nearest neighbor. Precision is the share of fakes inside some real
+    ball. Recall is the share of reals inside some fake ball. Both change with N and M, so compare
+    at equal numbers.
     """
     real, fake = check_features(real, fake)
 
@@ -206,10 +214,10 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
 
 def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
-    """The share of real features whose ball, reaching to the k-th nearest real neighbor, holds a
-    fake (Naeem, 2002.09797).
+    """Return the share of real features whose ball holds a fake (Naeem, 2002.09797).
 
-    Unlike recall it builds no ball around a fake, so a few odd samples cannot cover much.
+    The ball reaches to the k-th nearest real neighbor. Unlike recall, coverage builds no ball
+    around a fake, so a few outlying samples cannot cover much.
     """
     real, fake = check_features(real, fake)
     nearest = torch.cat([torch.cdist(part, fake).amin(dim=1) for part in real.split(1000)])
@@ -217,8 +225,9 @@ def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
 
 
 def check_features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64; ValueError unless they are (N, D) and (M, D) finite floats, N and M at least
-    2.
+    """Return both sets of features in float64 on the CPU.
+
+    Raises ValueError unless they are (N, D) and (M, D) finite floats, with N and M at least 2.
     """
     for x in (a, b):
         if x.ndim != 2 or not x.is_floating_point() or len(x) < 2:
@@ -239,7 +248,7 @@ def check_features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Scores:
-    """What is measured on one set of features."""
+    """The five metrics of one set of features."""
 
     frechet: float
     kernel: float
@@ -252,9 +261,9 @@ class Scores:
 class Report:
     """The scores of n samples beside the floor: those of n held-out real images.
 
-    `floor` is the mean over `draws` sets of n that share no image, and `floor_spread` the standard
+    `floor` is the mean over `draws` sets of n that share no image. `floor_spread` is the standard
     deviation of their scores, NaN for one draw. `classes` and `real_classes` are the share of each
-    class among the samples and among all held-out images, as the classifier sees them.
+    class among the samples and among all held-out images, as predicted by the classifier.
     """
 
     n: int
@@ -269,11 +278,11 @@ class Report:
 
     @property
     def ratio(self) -> float:
-        """Fréchet distance over its floor: 1 is what real images reach."""
+        """The Fréchet distance divided by its floor; real images reach 1."""
         return self.samples.frechet / self.floor.frechet
 
     def to_dict(self) -> dict:
-        """Plain values only, fit for JSON."""
+        """Return plain values only, ready for JSON."""
         values = {**asdict(self), "ratio": self.ratio}
         if self.draws == 1:
             values["floor_spread"] = None
@@ -308,15 +317,15 @@ class Report:
         )
 
 
-KERNEL_REFERENCE = 10_000  # reference features that a kernel distance is taken to, at most
+KERNEL_REFERENCE = 10_000  # largest number of reference features for a kernel distance
 
 
 def score(features: Tensor, reference: Tensor, generator: torch.Generator | None = None) -> Scores:
-    """Every score of features (n, D) against `reference` (N, D), N ≥ n.
+    """Return every score of features (n, D) against `reference` (N, D), N ≥ n.
 
-    The Fréchet distance is taken to the whole reference, and the kernel distance to a random 10,000
-    of it at most, whose pairs can be counted in a second. Precision, recall and coverage, which
-    change with the size of the reference, are taken to a random n of it.
+    The Fréchet distance uses the whole reference. The kernel distance uses a random subset of at
+    most 10,000, whose pairs can be computed in a second. Precision, recall and coverage change with
+    the size of the reference, so they use a random subset of n.
     """
     order = torch.randperm(len(reference), generator=generator)
     same, many = reference[order[: len(features)]], reference[order[:KERNEL_REFERENCE]]
@@ -331,11 +340,12 @@ def score(features: Tensor, reference: Tensor, generator: torch.Generator | None
 def compare(
     classifier: Classifier, samples: Tensor, reference: Tensor, held_out: Tensor, seed: int = 0
 ) -> Report:
-    """Compare samples (n, C, H, W) uint8, and held-out real images, with the same real features.
+    """Compare samples and held-out real images with the same real features.
 
-    reference (N, D), held_out (M, D): features of the training and of the test set. The floor is
-    the mean over as many draws of n held-out images as share none, at most ten. Raises ValueError
-    if N or M is below n: a floor at another n would be no floor.
+    `samples` is (n, C, H, W) uint8. `reference` (N, D) and `held_out` (M, D) are features of the
+    training and of the test set. The floor is the mean over as many disjoint draws of n held-out
+    images as exist, at most ten. Raises ValueError if n is below 20, or if N or M is below n,
+    because a floor at another n would not be comparable.
     """
     check_features(reference, held_out)
     n, most = len(samples), min(len(reference), len(held_out))
@@ -373,12 +383,13 @@ def compare(
 def nearest_neighbors(
     queries: Tensor, points: Tensor, k: int = 1, chunk: int = 8192
 ) -> tuple[Tensor, Tensor]:
-    """The k points nearest to each query by Euclidean distance: distances (N, k) float64,
-    ascending, and indices (N, k).
+    """Return the k points nearest to each query by Euclidean distance.
 
-    queries (N, …), points (M, …): images of any dtype (uint8 gives distances in gray levels) or
-    features. They are found in float32 by |q|² + |p|² − 2q·p, `chunk` points at a time, and their
-    distances then taken exactly: a copy has distance 0.
+    Returns the distances (N, k) float64, ascending, and the indices (N, k). `queries` (N, …) and
+    `points` (M, …) are images of any dtype (uint8 gives distances in gray levels) or features. The
+    neighbors are found in float32 by |q|² + |p|² − 2q·p, `chunk` points at a time. Their distances
+    are then computed exactly, so a copy has distance 0. Raises ValueError if the shapes do not fit,
+    or unless 1 ≤ k ≤ M.
     """
     if queries.shape[1:] != points.shape[1:] or not 1 <= k <= len(points):
         raise ValueError(
@@ -400,7 +411,7 @@ def nearest_neighbors(
                 min(k, start + chunk, len(points)), largest=False
             )
             index = torch.cat([index, numbers], dim=1).gather(1, order)
-        # Apple's GPUs know no float64
+        # Apple's GPUs lack float64
         difference = points[index].cpu().double() - part.cpu().double()[:, None]
         exact, order = difference.norm(dim=2).sort(dim=1, stable=True)
         found.append((exact, index.cpu().gather(1, order)))
@@ -409,10 +420,10 @@ def nearest_neighbors(
 
 @dataclass(frozen=True)
 class Memorization:
-    """Distances of samples (n, 2) and of held-out real images (m, 2) to their two nearest training
-    images.
+    """Distances of samples and held-out images to their two nearest training images.
 
-    `indices` (n, 2) says which training images are nearest to each sample.
+    `samples` is (n, 2) and `held_out`, for real images, is (m, 2). `indices` (n, 2) names the
+    training images that are nearest to each sample.
     """
 
     samples: Tensor
@@ -420,16 +431,18 @@ class Memorization:
     indices: Tensor
 
     def nearer(self, quantile: float = 0.01) -> float:
-        """The share of samples nearer to the training set than the nearest `quantile` of held-out
-        images: about that, if new.
+        """Return the share of samples nearer to the training set than the nearest held-out images.
+
+        The threshold is the given quantile of the held-out images' distances. For new images the
+        share is about `quantile`.
         """
         return (self.samples[:, 0] < self.held_out[:, 0].quantile(quantile)).double().mean().item()
 
     def copies(self, ratio: float = 1 / 3) -> tuple[float, float]:
-        """The share of samples, and of held-out images, with the nearest training image below
-        `ratio` times as far as the second.
+        """Return the shares of samples and of held-out images that count as copies.
 
-        The criterion of Gu et al. (2310.02664). It is blind where the training set holds an image
+        The criterion is that of Gu et al. (2310.02664): the nearest training image is less than
+        `ratio` times as far as the second. It misses copies of an image that the training set holds
         twice.
         """
         return tuple(
@@ -439,33 +452,34 @@ class Memorization:
 
 
 def memorization(samples: Tensor, train_images: Tensor, held_out: Tensor) -> Memorization:
-    """How near samples come to the training set, and how near held-out real images of the same kind
-    come.
+    """Measure how near samples and held-out real images come to the training set.
 
-    All three are images (N, C, H, W) uint8, for pixel distance, or features (N, D). Only the
-    held-out images tell what is near: blurred samples are nearer to everything. With Meehan et al.
-    (2004.05675): copying is to be nearer than they are.
+    All three are images (N, C, H, W) uint8, for pixel distance, or features (N, D). Only held-out
+    images of the same kind show which distances are small, because blurred samples are nearer to
+    everything. Following Meehan et al. (2004.05675), samples that are nearer than the held-out
+    images indicate copying.
     """
     distances, indices = nearest_neighbors(samples, train_images, k=2)
     return Memorization(distances, nearest_neighbors(held_out, train_images, k=2)[0], indices)
 
 
 def gaussian_kl(mean_a: Tensor, var_a: Tensor, mean_b: Tensor, var_b: Tensor) -> Tensor:
-    """KL(N(mean_a, var_a) ‖ N(mean_b, var_b)) of each value, in nats: ½(ln(v_b / v_a) + (v_a + (m_a
-    − m_b)²) / v_b − 1).
+    """Return KL(N(mean_a, var_a) ‖ N(mean_b, var_b)) of each value, in nats.
+
+    The formula is ½(ln(v_b / v_a) + (v_a + (m_a − m_b)²) / v_b − 1).
     """
     return 0.5 * (var_b.log() - var_a.log() + (var_a + (mean_a - mean_b) ** 2) / var_b - 1)
 
 
 def discretized_log_likelihood(x0: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """ln of the mass that N(mean, var) gives to the bin of each x0, in nats (DDPM Eq. 13).
+    """Return ln of the mass that N(mean, var) gives to the bin of each x0, in nats (DDPM Eq. 13).
 
-    x0 takes the 256 values −1 … 1; a bin reaches 1/255 to either side, the outermost to infinity,
-    so the masses sum to 1.
+    x0 takes the 256 values −1 … 1. A bin reaches 1/255 to either side, and the outermost bins reach
+    to infinity, so the masses sum to 1.
     """
     low, high = (((x0 + edge - mean) / var.sqrt()) for edge in (-1 / 255, 1 / 255))
     low, high = low.masked_fill(x0 < -0.999, -math.inf), high.masked_fill(x0 > 0.999, math.inf)
-    # there both tails are near 1 and their difference is lost: take it on the other side
+    # in the right tail both CDFs are near 1 and their difference loses digits: use the left one
     right = low + high > 0
     low, high = torch.where(right, -high, low), torch.where(right, -low, high)
     log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
@@ -473,8 +487,9 @@ def discretized_log_likelihood(x0: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 
 
 def in_float64(schedule: NoiseSchedule) -> NoiseSchedule:
-    """The same betas in float64 on the CPU: the terms near t = 0 are made of 1 − ᾱ, of which
-    float32 keeps few digits.
+    """Return a schedule with the same betas in float64 on the CPU.
+
+    The terms near t = 0 depend on 1 − ᾱ, of which float32 keeps few digits.
     """
     exact = copy.copy(schedule)
     exact.betas = schedule.betas.cpu().double()
@@ -484,8 +499,9 @@ def in_float64(schedule: NoiseSchedule) -> NoiseSchedule:
 
 
 def prior_term(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
-    """L_T, what x_T still tells of x0: KL(q(x_T | x0) ‖ N(0, I)) in bits per dimension, (B,) (DDPM
-    Eq. 5). No network in it.
+    """Return L_T = KL(q(x_T | x0) ‖ N(0, I)) in bits per dimension, (B,) (DDPM Eq. 5).
+
+    It measures the information about x0 that is left in x_T. It does not depend on the network.
     """
     alpha_bar = in_float64(schedule).alpha_bars[-1]
     nats = gaussian_kl(
@@ -503,13 +519,13 @@ def bound_term(
     eps: Tensor,
     variance: str = "beta_tilde",
 ) -> Tensor:
-    """L_t of each x0 at x_t ~ q(x_t | x0), in bits per dimension, (B,) (DDPM Eq. 5; the paper's
-    L_{t−1} with our t + 1 = its t).
+    """Return L_t of each x0 at x_t ~ q(x_t | x0), in bits per dimension, (B,) (DDPM Eq. 5).
 
-    For t > 0 the KL between the true step back, q(x_{t−1} | x_t, x0), and the one with x0_hat for
-    x0; at t = 0 the negative log-likelihood of x0 under Eq. 13, with beta_tilde of t = 1 for the
-    variance, which is 0 there, as in the paper's code. x0 (B, …) in [−1, 1], t (B,), eps (B, …): on
-    the CPU, where all but the denoiser is worked out, in float64.
+    Our t + 1 is the paper's t, so this is the paper's L_{t−1}. For t > 0 it is the KL divergence
+    between the true reverse step, q(x_{t−1} | x_t, x0), and the step with x0_hat in place of x0. At
+    t = 0 it is the negative log-likelihood of x0 under Eq. 13. The posterior variance is 0 there,
+    so beta_tilde of t = 1 is used, as in the paper's code. x0 (B, …) in [−1, 1], t (B,) and eps
+    (B, …) are on the CPU, where everything except the denoiser is computed in float64.
     """
     device, schedule = schedule.betas.device, in_float64(schedule)
     x_t = q_sample(schedule, x0.double(), t, eps.double())
@@ -526,12 +542,13 @@ def bound_term(
 def weighted_timesteps(
     n: int, timesteps: int, calls: int | None, generator=None
 ) -> tuple[Tensor, Tensor]:
-    """Which terms to work out for each of n images, and weights that make the weighted sum right on
-    average: both (n, calls).
+    """Return the terms to compute for each of n images and their weights, both (n, calls).
 
-    All T with weight 1 if `calls` is None. Else t is drawn with probability ∝ 1 / (t + 1), about as
-    the terms fall, one t from each of `calls` equal parts of that probability, and weighs 1 /
-    (calls · probability) (importance sampling, 2102.09672, 3.3).
+    The weighted sum of the terms is right on average. If `calls` is None, it takes all T terms with
+    weight 1. Otherwise t is drawn with probability ∝ 1 / (t + 1), which falls about as the terms
+    do: one t from each of `calls` equal parts of that probability, with weight
+    1 / (calls · probability) (importance sampling, 2102.09672, 3.3). Raises ValueError unless
+    1 ≤ calls ≤ T.
     """
     if calls is None:
         return torch.arange(timesteps).expand(n, timesteps), torch.ones(
@@ -552,11 +569,11 @@ def weighted_timesteps(
 
 @dataclass(frozen=True)
 class Bound:
-    """The variational bound in bits per dimension: `total` ± `error`, the standard error over the n
-    images.
+    """The variational bound in bits per dimension.
 
-    `prior` is L_T, and `terms` (T,) holds the mean of each L_t over the images that met it, NaN if
-    none did.
+    `total` ± `error` is the bound and its standard error over the n images. `prior` is L_T. `terms`
+    (T,) holds the mean of each L_t over the images for which it was computed, NaN if there are
+    none.
     """
 
     n: int
@@ -575,12 +592,12 @@ def bits_per_dimension(
     batch_size: int = 256,
     generator: torch.Generator | None = None,
 ) -> Bound:
-    """Upper bound on the code length of images (N, C, H, W) uint8 under the model: L_T + Σ L_t
-    (DDPM Eq. 5, section 3.3).
+    """Return an upper bound on the code length of images under the model (DDPM Eq. 5, section 3.3).
 
-    Bits per value, of which a raw image has 8. `calls`: calls of `denoise` an image, None for all T
-    terms; fewer give the same total on average (see `weighted_timesteps`). A network is in eval
-    mode meanwhile; `generator` is one of the CPU.
+    The bound is L_T + Σ L_t. The images are (N, C, H, W) uint8. The unit is bits per value; a raw
+    image has 8. `calls` is the number of calls of `denoise` per image, None for all T terms; fewer
+    calls give the same total on average (see `weighted_timesteps`). A network is in eval mode
+    during the computation. `generator` must be on the CPU.
     """
     times, weights = weighted_timesteps(len(check_images(images)), len(schedule), calls, generator)
     terms, priors = torch.empty_like(weights), []

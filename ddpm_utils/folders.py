@@ -619,17 +619,13 @@ def _kept(cache: Path, n: int, shape: tuple[int, ...]) -> tuple[Tensor, dict[int
 
 
 def _keep(cache: Path, payload: dict) -> None:
-    """Write under a temporary name, then rename. A failure costs no more than time."""
-    part = cache.with_suffix(f".{os.getpid()}.part")
+    """Write the cache; a failure costs no more than time."""
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
         if cache.is_dir():  # no file can take its place
             cache.rename(cache.with_suffix(".damaged"))
-        torch.save(payload, part)
-        os.replace(part, cache)
+        with runtime.whole_file(cache) as file:
+            torch.save(payload, file)
     except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's, on a full disk
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         words = f"{runtime.short_path(cache)} could not be written ({reason})"
         words += ": the next start reads all files again"

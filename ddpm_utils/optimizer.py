@@ -1,4 +1,4 @@
-"""How weights move: Muon, which steps by directions, and the choice between it and Adam."""
+"""Optimizers: Muon, which orthogonalizes its steps, and the choice between Muon and Adam."""
 
 import torch
 from torch import Tensor, nn
@@ -7,12 +7,13 @@ from .config import TrainConfig
 
 
 def orthogonalize(matrices: Tensor, turns: int = 5) -> Tensor:
-    """The same singular vectors, every singular value brought near 1 (between 0.7 and 1.2): the
-    direction, without the sizes.
+    """Return matrices with the same singular vectors and every singular value near 1.
 
-    matrices: (..., rows, columns). A Newton–Schulz iteration (Jordan et al. 2024, "Muon"): each
-    turn maps a singular value s to a·s + b·s³ + c·s⁵. All turns are polynomials in x xᵀ, so they
-    are multiplied up there, where matrices are small.
+    Singular values above 0.2 % of the matrix norm end between about 0.7 and 1.2; smaller ones stay
+    smaller. The result keeps the direction of each matrix without the sizes. The matrices have
+    shape (..., rows, columns). This is a Newton–Schulz iteration (Jordan et al. 2024, "Muon"): each
+    turn maps a singular value s to a·s + b·s³ + c·s⁵. Every turn is a polynomial in x xᵀ, so the
+    turns are multiplied together in that smaller space first.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -28,12 +29,12 @@ def orthogonalize(matrices: Tensor, turns: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, except that a convolution's weight moves by its orthogonalized momentum (Jordan et al.
-    2024; 2502.16982, Eq. 4).
+    """AdamW, except that the weights of convolutions move by their orthogonalized momentum.
 
-    That weight is taken as the matrix (c_out, height · width · c_in), which is its order in memory.
-    The factor 0.2 · √max(rows, columns) makes the entries of a step as large as AdamW's, so that
-    both share one learning rate. Matrices of one shape are handled in one go.
+    The sources are Jordan et al. 2024 and 2502.16982, Eq. 4. A convolution's weight is treated as
+    the matrix (c_out, height · width · c_in), which is its order in memory. The factor
+    0.2 · √max(rows, columns) makes the entries of a step as large as those of AdamW, so that both
+    share one learning rate. Matrices of the same shape are processed together.
     """
 
     def __init__(self, model: nn.Module, lr: float, momentum: float = 0.95, **adamw):
@@ -56,24 +57,24 @@ class Muon(torch.optim.AdamW):
                 continue
             gradient = torch.stack([weight.grad.movedim(1, -1).flatten(1) for weight in weights])
             state = self.state[weights[0]]
-            if not state:  # AdamW wants to see a step when it loads what was saved
+            if not state:  # AdamW expects a step when it loads a saved state
                 state |= {"momentum": torch.zeros_like(gradient), "step": torch.zeros(())}
             momentum = state["momentum"].lerp_(gradient, 1 - self.momentum)
-            steps = orthogonalize(gradient.lerp(momentum, self.momentum))  # Nesterov's look ahead
+            steps = orthogonalize(gradient.lerp(momentum, self.momentum))  # Nesterov momentum
             rate = group["lr"] * 0.2 * max(group["shape"]) ** 0.5
             for weight, step in zip(weights, steps, strict=True):
                 rows = weight.movedim(1, -1)
                 rows.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
                     step.view(rows.shape), alpha=rate
                 )
-                weight.grad = None  # spent: AdamW below leaves a weight without gradient alone
+                weight.grad = None  # AdamW below skips a weight without a gradient
         super().step()
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer that `cfg` names.
+    """Return the optimizer that `cfg` names.
 
-    Adam's fused version does the same arithmetic in one pass and must be asked for.
+    The fused version of Adam does the same arithmetic in one pass. It has to be enabled explicitly.
     """
     settings = {
         "lr": cfg.lr,

@@ -1,7 +1,6 @@
-"""Exact denoisers: where the distribution of the data is known, the best possible x0_hat is a
-formula.
+"""Exact denoisers: formulas for the best possible x0_hat where the data distribution is known.
 
-Each is a denoiser, denoise(x_t, t, y=None) → x0_hat = E[x0 | x_t]; y is ignored.
+Each is a denoiser, denoise(x_t, t, y=None) → x0_hat = E[x0 | x_t]. It ignores y.
 """
 
 import torch
@@ -14,11 +13,11 @@ from .schedules import NoiseSchedule
 class GaussianDenoiser(nn.Module):
     """The best denoiser for data x0 ~ N(mean, covariance).
 
-    With C the covariance and ā = alpha_bar_t: x0_hat = m + √ā·C·(ā·C + (1 − ā)·I)⁻¹·(x_t − √ā·m),
-    the conditional mean of a Gaussian. For data of any other kind with these moments it is the best
-    *linear* denoiser (the Wiener filter). mean: (D,) for data of D values (pixels in any shape);
-    covariance: (D, D), symmetric, no eigenvalue below 0. Raises ValueError on shapes that do not
-    fit, or on a matrix that is no covariance.
+    x0_hat = m + √ā·C·(ā·C + (1 − ā)·I)⁻¹·(x_t − √ā·m), where m is the mean, C the covariance and
+    ā = alpha_bar_t. This is the conditional mean of a Gaussian. For any other data with the same
+    mean and covariance it is the best *linear* denoiser (the Wiener filter). `mean` is (D,) for
+    data of D values (pixels in any shape). `covariance` is (D, D), symmetric, with no eigenvalue
+    below 0. Raises ValueError on shapes that do not fit, or on a matrix that is not a covariance.
     """
 
     def __init__(self, schedule: NoiseSchedule, mean: Tensor, covariance: Tensor):
@@ -31,7 +30,7 @@ class GaussianDenoiser(nn.Module):
         return self.posterior(x_t, t)[0]
 
     def posterior(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """E[x0 | x_t], shaped like x_t, and ln q(x_t) up to a constant, (B,)."""
+        """Return E[x0 | x_t], shaped like x_t, and ln q(x_t) up to a constant, (B,)."""
         flat = x_t.flatten(1)
         alpha_bar_t = at(self.schedule.alpha_bars, t, flat)
         variance = alpha_bar_t * self.values + 1 - alpha_bar_t  # of x_t, along each eigenvector
@@ -42,11 +41,11 @@ class GaussianDenoiser(nn.Module):
         return x0_hat.view_as(x_t), log_density
 
     def loss(self, target: str = "eps") -> Tensor:
-        """Its expected squared error per value at every t, shape (T,): what any linear denoiser can
-        reach at best.
+        """Return the expected squared error per value at every t, shape (T,).
 
-        In each direction of variance λ the x0 error is λ(1 − ā)/(āλ + 1 − ā); eps scales it by ā/(1
-        − ā), v by 1/(1 − ā).
+        No linear denoiser can reach a lower error. In each direction of variance λ the error of x0
+        is λ(1 − ā)/(āλ + 1 − ā). The error of eps is ā/(1 − ā) times that, and the error of v is
+        1/(1 − ā) times that. Raises ValueError unless `target` is "eps", "x0" or "v".
         """
         if target not in ("eps", "x0", "v"):
             raise ValueError(f"target={target!r} is not known: choose 'eps', 'x0' or 'v'")
@@ -60,12 +59,12 @@ class GaussianDenoiser(nn.Module):
 
 
 class MixtureDenoiser(nn.Module):
-    """The best denoiser for a mixture of Gaussians: that of each component, weighted by how likely
-    x_t came from it.
+    """The best denoiser for a mixture of Gaussians.
 
-    weights: (K,), positive, summing to 1; means: (K, D); covariances: (K, D, D). Raises ValueError
-    on shapes that do not fit, on weights that are not positive or do not sum to 1, or on a matrix
-    that is no covariance.
+    It averages the denoisers of the components, each weighted by the probability that x_t came from
+    that component. `weights` is (K,), positive, summing to 1; `means` is (K, D); `covariances` is
+    (K, D, D). Raises ValueError on shapes that do not fit, on weights that are not positive or do
+    not sum to 1, or on a matrix that is not a covariance.
     """
 
     def __init__(
@@ -86,12 +85,12 @@ class MixtureDenoiser(nn.Module):
 
 
 class DataDenoiser(nn.Module):
-    """The best denoiser where the data are nothing but the given images: their mean, weighted by
-    how likely x_t came from each.
+    """The best denoiser for data that consist of the given images only.
 
-    x0_hat = Σ wᵢ·xᵢ, w = softmax(−|x_t − √ā·xᵢ|² / (2·(1 − ā))). images: (N, …) in model range,
-    each as likely as another. It is what a network's training loss asks for, and it knows no other
-    image.
+    It returns the mean of the images, each weighted by the probability that x_t came from it:
+    x0_hat = Σ wᵢ·xᵢ with w = softmax(−|x_t − √ā·xᵢ|² / (2·(1 − ā))). `images` is (N, …) in model
+    range, all equally likely. This denoiser minimizes a network's training loss on these images,
+    and it uses no other image.
     """
 
     def __init__(self, schedule: NoiseSchedule, images: Tensor):
@@ -107,7 +106,7 @@ class DataDenoiser(nn.Module):
         return (self.shares(x_t, t) @ self.images).view_as(x_t)
 
     def shares(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """How likely x_t came from each of the images, (B, N), rows that sum to 1."""
+        """Return the probability that x_t came from each image, (B, N), with rows that sum to 1."""
         flat = x_t.flatten(1)
         alpha_bar_t = at(self.schedule.alpha_bars, t, flat)
         # |x_t|² is the same for all images and drops out of the softmax.
@@ -116,16 +115,18 @@ class DataDenoiser(nn.Module):
 
 
 def fit_gaussian(schedule: NoiseSchedule, x0: Tensor) -> GaussianDenoiser:
-    """The best linear denoiser for data whose mean and covariance are those of x0 (N, …), floats in
-    model range.
+    """Return the best linear denoiser for data with the mean and covariance of x0.
+
+    x0 is (N, …), floats in model range.
     """
     flat = x0.flatten(1).cpu().double()
     return GaussianDenoiser(schedule, flat.mean(dim=0).float().to(x0.device), torch.cov(flat.T))
 
 
 def eigen(covariance: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, none below 0, and eigenvectors of a covariance (D, D) in float64; ValueError
-    unless it is one, for D means.
+    """Return the eigenvalues, none below 0, and the eigenvectors of a covariance, in float64.
+
+    `covariance` is (D, D). Raises ValueError unless it is a covariance that fits D means.
     """
     d = mean.numel()
     if covariance.shape != (d, d) or not torch.allclose(covariance, covariance.T, atol=1e-6):
@@ -133,8 +134,8 @@ def eigen(covariance: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
             f"covariance must be symmetric of shape ({d}, {d}) to go with {d} means, got "
             f"{tuple(covariance.shape)}"
         )
-    values, vectors = torch.linalg.eigh(covariance.cpu().double())  # not every device knows float64
-    # it may push a flat direction below 0
+    values, vectors = torch.linalg.eigh(covariance.cpu().double())  # some devices lack float64
+    # rounding may push an eigenvalue of 0 below 0
     rounding = d * torch.finfo(covariance.dtype).eps * values[-1].abs()
     if values[0] < -rounding:
         raise ValueError(
@@ -144,8 +145,9 @@ def eigen(covariance: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_mixture(weights: Tensor, means: Tensor, covariances: Tensor) -> None:
-    """Raise ValueError unless there are K positive weights that sum to 1, (K, D) means and (K, D,
-    D) covariances.
+    """Raise ValueError unless the arguments describe a mixture of K Gaussians.
+
+    There must be K positive weights that sum to 1, means (K, D) and covariances (K, D, D).
     """
     k = len(weights)
     if weights.ndim != 1 or not (weights > 0).all() or abs(weights.sum().item() - 1) > 1e-5:

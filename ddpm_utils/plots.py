@@ -1,8 +1,7 @@
-"""Images in one style: grids, strips, axes for curves, GIFs.
+"""Figures in one style: grids, strips, axes for curves, GIFs.
 
-Takes images in model range [−1, 1]; never calls `plt.show()`.
-
-Figures are made without pyplot, so nothing is drawn twice and nothing has to be closed.
+The functions take images in model range [−1, 1] and never call `plt.show()`. Figures are made
+without pyplot, so that nothing is drawn twice and no figure has to be closed.
 """
 
 import base64
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from .data import to_image_range
 
-# One color a role, from the color-blind-safe set of Okabe and Ito.
+# One color per role, from the color-blind-safe set of Okabe and Ito.
 DATA, NOISE, MODEL, REFERENCE, EXTRA = "#0072B2", "#D55E00", "#009E73", "#767676", "#CC79A7"
 STYLE = {
     "figure.dpi": 90,
@@ -48,11 +47,11 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Image:
-    """Bytes of a PNG or a GIF with a text for those who cannot see it; a cell that ends in one
-    shows it.
+    """Bytes of a PNG or a GIF with an alternative text.
 
-    A GIF travels under the type `image/png`: browsers look at the bytes and animate it, while
-    notebook viewers and GitHub drop the type `image/gif`.
+    A notebook cell that ends in an Image shows it. A GIF uses the type `image/png`: browsers
+    examine the bytes and animate it, while notebook viewers and GitHub drop the type `image/gif`.
+    Raises ValueError if `alt` is empty.
     """
 
     data: bytes
@@ -73,33 +72,34 @@ class Image:
 def figure(
     rows: int = 1, cols: int = 1, width: float = 7.0, height: float | None = None, **subplots
 ):
-    """A figure in the series' style, and its axes: one, or an array as `Figure.subplots` returns
-    it. Sizes in inches.
+    """Return a figure in the style of the series, and its axes.
+
+    The axes are a single one, or an array as `Figure.subplots` returns it. Sizes are in inches.
     """
-    # for good: a legend or a label added later must look the same
+    # not restored, so that a legend or label added later has the same style
     matplotlib.rcParams.update(STYLE)
     fig = Figure(figsize=(width, height or 3.0 * rows))
     return fig, fig.subplots(rows, cols, **subplots)
 
 
 def show(fig: Figure, alt: str) -> Image:
-    """Turn a figure into an Image; `alt` says in a sentence what it shows.
+    """Turn a figure into an Image; `alt` is a sentence that says what it shows.
 
     Raises ValueError on an empty alt.
     """
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=STYLE["savefig.dpi"])
     pixels = iio.imread(buffer.getvalue(), extension=".png")[..., :3]
-    if (pixels == pixels[..., :1]).all():  # gray: one channel says it all, in half of the bytes
+    if (pixels == pixels[..., :1]).all():  # gray: one channel is enough, in half the bytes
         pixels = pixels[..., 0]
     return Image(iio.imwrite("<bytes>", pixels, extension=".png", optimize=True), alt)
 
 
 def tile(x: Tensor, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """(N, C, H, W) in model range → one uint8 image (rows, columns[, 3]) with white gaps; the
-    last row is padded with white.
+    """(N, C, H, W) in model range → one uint8 image (rows, columns[, 3]) with white gaps.
 
-    Raises ValueError unless x is a batch of 1- or 3-channel images.
+    The last row is padded with white. Raises ValueError unless x is a batch of 1- or 3-channel
+    images.
     """
     if x.ndim != 4 or x.shape[1] not in (1, 3) or len(x) == 0:
         raise ValueError(
@@ -118,7 +118,7 @@ def tile(x: Tensor, columns: int | None = None, gap: int = 2) -> np.ndarray:
 def grid(
     x: Tensor, columns: int | None = None, title: str | None = None, width: float = 5.0
 ) -> Figure:
-    """A figure of N images, left to right and top to bottom; any N."""
+    """Return a figure of N images, left to right and top to bottom; any N works."""
     pixels = tile(x, columns)
     fig, ax = figure(
         width=width, height=width * pixels.shape[0] / pixels.shape[1] + (0.35 if title else 0.1)
@@ -132,11 +132,10 @@ def grid(
 def strip(
     rows: dict[str, Tensor], titles: list[str], title: str | None = None, width: float = 8.0
 ) -> Figure:
-    """Rows of images, one list of column titles above them.
+    """Return a figure of rows of images, with one list of column titles above them.
 
-    rows: {row label: (K, C, H, W)}, titles: K strings.
-
-    Raises ValueError if a row does not hold one image a title.
+    `rows` is {row label: (K, C, H, W)} and `titles` holds K strings. Raises ValueError if a row
+    does not hold one image per title.
     """
     k = len(titles)
     for name, x in rows.items():
@@ -171,10 +170,10 @@ def _imshow(ax, pixels: np.ndarray) -> None:
 
 
 def frame_times(timesteps: int, frames: int) -> list[int]:
-    """`frames` values of t, evenly spread from T−1 down to −1 (the finished image), both always
-    there.
+    """Return `frames` values of t, evenly spread from T−1 down to −1 (the finished image).
 
-    Raises ValueError if frames is below 2. With more frames than steps some t come twice.
+    Both ends are always included. Raises ValueError if `frames` is below 2. If there are more than
+    T + 1 frames, some values of t repeat.
     """
     if frames < 2:
         raise ValueError(f"frames={frames}: an animation needs at least a first and a last one")
@@ -190,13 +189,14 @@ def save_gif(
     scale: int = 1,
     grays: int = 16,
 ) -> Path:
-    """Write one animated grid: frames is a sequence of (N, C, H, W) in model range, all of one
-    shape; loops for ever.
+    """Write one animated grid that loops forever and return its path.
 
-    Every frame is converted by the same fixed rule, so nothing flickers. `ms` is the time of a
-    frame, `hold_ms` that of the last, both in milliseconds (GIF counts in tens); `scale` enlarges
-    each pixel; `grays` levels (2 … 256) keep noise small on disk. Raises ValueError on no frames,
-    on frames that are no floats in model range, or of different shapes.
+    `frames` is a sequence of (N, C, H, W) in model range, all of one shape. Every frame is
+    converted by the same fixed rule, so nothing flickers. `ms` is the duration of a frame and
+    `hold_ms` that of the last one, both in milliseconds (GIF counts in units of 10 ms). `scale`
+    enlarges each pixel. `grays` levels (2 … 256) keep noise small on disk. Raises ValueError if
+    there are no frames, if they have different shapes or are not floats in model range, or if a
+    setting is outside its range.
     """
     frames = list(frames)
     if not frames:
@@ -223,12 +223,12 @@ def save_gif(
         images.append(image.repeat(scale, axis=0).repeat(scale, axis=1))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # one frame takes no list
+    # a single frame takes a number, not a list
     times = [ms] * (len(images) - 1) + [hold_ms] if len(images) > 1 else hold_ms
     iio.imwrite(path, np.stack(images), extension=".gif", is_batch=True, duration=times, loop=0)
     return path
 
 
 def show_file(path: Path | str, alt: str, width: int = 320) -> Image:
-    """The GIF or PNG at `path` as an Image, shown `width` pixels wide."""
+    """Return the GIF or PNG at `path` as an Image, shown `width` pixels wide."""
     return Image(Path(path).read_bytes(), alt, width)

@@ -243,6 +243,24 @@ def free_memory(device: torch.device | str = "cpu") -> int:
         return 4 * 2**30
 
 
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """A binary file to write to, which takes the place of `path` at the end of the block.
+
+    So `path` is never half a file. If the block raises, what was there before stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def short_path(path: Path | str) -> str:
     """`path` in a form that is fit to print in a shared notebook.
 

@@ -1,8 +1,7 @@
-"""Samplers: generators that yield every state on the way from noise to image, and functions that
-keep some of them.
+"""Samplers: generators of the states from noise to image, and functions that keep some of them.
 
-They take a denoiser, denoise(x_t, t, y=None) → x0_hat (see `diffusion`), and know nothing of
-networks and what they predict.
+A sampler takes a denoiser, denoise(x_t, t, y=None) → x0_hat (see `diffusion`). It does not depend
+on the network or on what the network predicts.
 """
 
 from collections import deque
@@ -23,12 +22,12 @@ def ddpm_sample(
     generator: torch.Generator | None = None,
     y: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Ancestral sampling, DDPM Algorithm 2, from x_T ~ N(0, I) of the given shape (B, C, H, W).
+    """Sample with all T steps: ancestral sampling (DDPM Algorithm 2).
 
-    Yields (t, x_t, x0_hat) for t = T−1 … 0, x0_hat being the clean image estimated from x_t, then
-    (−1, x0, x0): T + 1 triples. A network inside `denoise` is in eval mode meanwhile; the averaged
-    one (EMA) draws the best images. The same generator seed gives the same images on the same
-    device.
+    Sampling starts from x_T ~ N(0, I) of the given shape (B, C, H, W). Yields (t, x_t, x0_hat) for
+    t = T−1 … 0, where x0_hat is the clean image estimated from x_t, and then (−1, x0, x0): T + 1
+    triples in total. A network inside `denoise` is in eval mode during sampling; the averaged one
+    (EMA) gives the best images. The same generator seed gives the same images on the same device.
     """
     device = schedule.betas.device
     with eval_mode(denoise):
@@ -42,12 +41,12 @@ def ddpm_sample(
 
 
 def spaced_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "uniform") -> list[int]:
-    """`steps` of the times 0 … T−1, descending, from T−1 to 0 (one step: T−1 alone); where two
-    would coincide, one moves on.
+    """Return `steps` distinct times from 0 … T−1, descending from T−1 to 0.
 
-    "uniform" in t; "quadratic" (DDIM, 2010.02502, appendix D.2), denser towards 0; "log_snr", even
-    in the logarithm of the signal-to-noise ratio (DPM-Solver, 2206.00927). Raises ValueError unless
-    1 ≤ steps ≤ T.
+    One step gives T−1 alone. Times that would coincide are shifted until they differ. `spacing` is
+    "uniform" in t; "quadratic" (DDIM, 2010.02502, appendix D.2), which is denser toward 0; or
+    "log_snr", even in the logarithm of the signal-to-noise ratio (DPM-Solver, 2206.00927). Raises
+    ValueError unless 1 ≤ steps ≤ T, and on any other `spacing`.
     """
     last = len(schedule) - 1
     if not 1 <= steps <= last + 1:
@@ -55,7 +54,7 @@ def spaced_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "unifor
             f"steps={steps} is outside 1 … {last + 1}: a schedule of T={last + 1} has no other "
             "times"
         )
-    share = 1 - torch.linspace(0, 1, steps, dtype=torch.float64)  # of the way up, descending
+    share = 1 - torch.linspace(0, 1, steps, dtype=torch.float64)  # of the range, descending
     if spacing == "uniform":
         times = last * share
     elif spacing == "quadratic":
@@ -82,12 +81,11 @@ def ddim_step(
     eta: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """From x_t at t to any other time t_next (DDIM, 2010.02502, Eq. 12); t_next = −1 is the
-    finished image.
+    """Step from x_t at time t to any other time t_next (DDIM, 2010.02502, Eq. 12).
 
-    x_next = √ᾱ_next·x0_hat + √(1 − ᾱ_next − σ²)·eps_hat + σ·noise. eta = 0 adds no noise, and alone
-    may lead to a later time; eta = 1 over all T steps is DDPM. x_t, x0_hat: (B, …); t, t_next: (B,)
-    long.
+    x_next = √ᾱ_next·x0_hat + √(1 − ᾱ_next − σ²)·eps_hat + σ·noise. At t_next = −1 the result is the
+    finished image. eta = 0 adds no noise, and only then may t_next be later than t. eta = 1 over
+    all T steps is DDPM. x_t and x0_hat have shape (B, …); t and t_next are (B,) long.
     """
     alpha_bar_t = at(schedule.alpha_bars, t, x_t)
     last = (t_next < 0).view(alpha_bar_t.shape)
@@ -112,11 +110,12 @@ def multistep_guess(
     x0_before: Tensor,
     x0_hat: Tensor,
 ) -> Tensor:
-    """The guess half-way from t to t_next, on the line through those at t_before and t
-    (DPM-Solver++ 2M, 2211.01095, Alg. 2).
+    """Extrapolate x0_hat to the middle of the step (DPM-Solver++ 2M, 2211.01095, Algorithm 2).
 
-    Half-way in λ = ½·ln(ᾱ / (1 − ᾱ)): x0_hat + (λ_next − λ_t) / (2·(λ_t − λ_before)) · (x0_hat −
-    x0_before). At t_next = −1, where λ is infinite, x0_hat itself.
+    The guess lies halfway from t to t_next in λ = ½·ln(ᾱ / (1 − ᾱ)), on the line through the clean
+    images estimated at t_before and t:
+    x0_hat + (λ_next − λ_t) / (2·(λ_t − λ_before)) · (x0_hat − x0_before). At t_next = −1, where λ
+    is infinite, it is x0_hat itself.
     """
     half_log_snr = schedule.snr().log() / 2
     lam_before, lam_t, lam_next = (
@@ -138,15 +137,18 @@ def ddim_sample(
     start: Tensor | None = None,
     order: int = 1,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Sampling with few calls of `denoise` (DDIM, 2010.02502, Eq. 12), from x_T ~ N(0, I) of
-    `shape`, or from `start`.
+    """Sample with few calls of `denoise` (DDIM, 2010.02502, Eq. 12).
 
-    `steps`: how many, spread evenly over 0 … T−1, or the times themselves, descending. `order` 2
-    adds the line that turns DDIM into DPM-Solver++ 2M, see `dpm_solver_sample`. Yields (t, x_t,
-    x0_hat) at each time, then (−1, x0, x0).
+    Sampling starts from x_T ~ N(0, I) of `shape`, or from `start`. `steps` is the number of steps,
+    spread evenly over 0 … T−1, or the times themselves, descending. `order` 2 adds the
+    extrapolation that turns DDIM into DPM-Solver++ 2M (see `dpm_solver_sample`); it is meant for
+    eta = 0. Yields (t, x_t, x0_hat) at each time, then (−1, x0, x0). Raises ValueError if `order`
+    is not 1 or 2, or if the times do not descend within 0 … T−1.
     """
+    if order not in (1, 2):
+        raise ValueError(f"order={order} is not known: choose 1 (DDIM) or 2 (DPM-Solver++ 2M)")
     device, times = schedule.betas.device, check_times(schedule, steps)
-    before = None  # the time and the x0_hat of the step before
+    before = None  # the time and the x0_hat of the previous step
     with eval_mode(denoise):
         x_t = torch.randn(shape, generator=generator, device=device) if start is None else start
         for step, following in zip(times, [*times[1:], -1], strict=True):
@@ -172,13 +174,12 @@ def dpm_solver_sample(
     y: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Second-order sampling without noise: DPM-Solver++ 2M (2211.01095, Algorithm 2).
+    """Sample with second-order steps without noise: DPM-Solver++ 2M (2211.01095, Algorithm 2).
 
-    Arguments and results as in `ddim_sample`.
-
-    A DDIM step, but with the guess half-way through the step, extrapolated from the last two
-    guesses. The first and the last step are DDIM's own. A number of `steps` is spread evenly in the
-    log-SNR, where the solver is at its best.
+    Each step is a DDIM step whose clean image is extrapolated to the middle of the step from the
+    last two estimates (see `multistep_guess`). The first and the last step are those of DDIM. If
+    `steps` is a number, the times are spread evenly in the log-SNR, which suits this solver best.
+    The other arguments and the results are those of `ddim_sample`.
     """
     times = spaced_timesteps(schedule, steps, "log_snr") if isinstance(steps, int) else steps
     return ddim_sample(denoise, schedule, shape, times, 0.0, generator, y, start, order=2)
@@ -191,17 +192,17 @@ def ddim_encode(
     steps: int | Sequence[int] = 50,
     y: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The way up: DDIM's steps without noise, taken from images x0 (B, C, H, W) to the noise they
-    come from (section 4.3).
+    """Run DDIM upward: from images x0 (B, C, H, W) to their noise (DDIM, 2010.02502, section 4.3).
 
-    Yields (t, x_t, x0_hat) at each time, ascending; the last x_t is the noise, from which
-    `ddim_sample` with the same `steps` comes back. The image is taken for the state at the first
-    time. Use a `Denoiser` with clamp=False: a clamped step cannot be undone.
+    The steps are those of DDIM without noise, in ascending order; x0 is used as the state at the
+    first time. Yields (t, x_t, x0_hat) at each time. The last x_t is the noise, from which
+    `ddim_sample` with the same `steps` returns to the images. Use a `Denoiser` with clamp=False,
+    because a clamped step cannot be undone.
     """
     device, times = schedule.betas.device, check_times(schedule, steps)[::-1]
     with eval_mode(denoise):
         x_t = x0
-        # the last state is yielded, and goes nowhere
+        # the last state is yielded; the step after it is not used
         for step, following in zip(times, [*times[1:], times[-1]], strict=True):
             t = torch.full((len(x0),), step, device=device)
             x0_hat = denoise(x_t, t, y)
@@ -210,13 +211,14 @@ def ddim_encode(
 
 
 class Guided(nn.Module):
-    """Classifier-free guidance (2207.12598, Eq. 6) around a network with labels: model(x_t, t,
-    y=None), for a `Denoiser`.
+    """A network with classifier-free guidance (2207.12598, Eq. 6): model(x_t, t, y=None).
 
-    answer = free + scale · (named − free), the network's answers without and with the label y. 0
-    ignores the label, 1 is the network as it is, more exaggerates what the label changes; the
-    paper's w is scale − 1. Both answers come from one call on twice the batch. Without y, or at
-    scale 1, the network answers alone.
+    It wraps a network with labels and goes into a `Denoiser`. The prediction is
+    free + scale · (named − free), where `named` and `free` are the network's predictions with and
+    without the label y. Scale 0 ignores the label, 1 gives the network unchanged, and a larger
+    scale exaggerates what the label changes. The paper's w is scale − 1. Both predictions come from
+    one call on a batch of twice the size. Without y, or at scale 1, the network is called once
+    without guidance. Raises ValueError if the network has no labels.
     """
 
     def __init__(self, model: nn.Module, scale: float):
@@ -237,9 +239,9 @@ class Guided(nn.Module):
 
 
 def check_times(schedule: NoiseSchedule, steps: int | Sequence[int]) -> list[int]:
-    """The times at which a sampler calls the network, descending.
+    """Return the times at which a sampler calls the network, as a descending list.
 
-    ValueError unless they fall strictly and lie in 0 … T−1.
+    Raises ValueError unless the times are strictly descending and lie in 0 … T−1.
     """
     if isinstance(steps, int):
         return spaced_timesteps(schedule, steps)
@@ -259,8 +261,9 @@ def last(states: Iterator[tuple[int, Tensor, Tensor]]) -> Tensor:
 
 
 def keep(states: Iterator[tuple[int, Tensor, Tensor]], wanted) -> dict[int, tuple[Tensor, Tensor]]:
-    """Run a sampler to its end and return {t: (x_t, x0_hat)} for the wanted t and always for −1, on
-    the CPU.
+    """Run a sampler to its end and return {t: (x_t, x0_hat)} on the CPU.
+
+    The dictionary holds the wanted t and always −1.
     """
     wanted = {int(t) for t in wanted} | {-1}
     return {t: (x_t.cpu(), x0_hat.cpu()) for t, x_t, x0_hat in states if t in wanted}

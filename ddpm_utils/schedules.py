@@ -1,6 +1,6 @@
-"""How much noise each step adds.
+"""Noise schedules: how much noise each step adds.
 
-DDPM (arXiv 2006.11239) section 4; Improved DDPM (arXiv 2102.09672) Eq. 17.
+The sources are DDPM (arXiv 2006.11239), section 4, and Improved DDPM (arXiv 2102.09672), Eq. 17.
 """
 
 import math
@@ -11,12 +11,11 @@ from torch import Tensor
 
 
 def linear_betas(timesteps: int, scale: float = 1.0) -> Tensor:
-    """The linear schedule of DDPM, section 4: beta rises evenly from 1e-4 to 0.02, both times
-    `scale`.
+    """Return the betas of DDPM's linear schedule (section 4).
 
-    The two ends were chosen for T = 1000. For another T, `scale = 1000 / T` keeps the total amount
-    of noise. Returns a float64 tensor of shape (timesteps,). Raises ValueError if a beta would
-    leave (0, 1).
+    Beta rises evenly from 1e-4 to 0.02, both multiplied by `scale`. The two ends were chosen for
+    T = 1000. For another T, `scale = 1000 / T` keeps the total amount of noise. Returns a float64
+    tensor of shape (timesteps,). Raises ValueError if a beta would leave (0, 1).
     """
     check_count(timesteps)
     if not 0 < 0.02 * scale < 1:
@@ -28,11 +27,10 @@ def linear_betas(timesteps: int, scale: float = 1.0) -> Tensor:
 
 
 def cosine_betas(timesteps: int, s: float = 0.008) -> Tensor:
-    """The cosine schedule of Improved DDPM, Eq. 17: alpha_bar(u) = cos²(π/2 · (u + s) / (1 + s)), u
-    = t / T in [0, 1].
+    """Return the betas of the cosine schedule (Improved DDPM, Eq. 17).
 
-    Each beta is what takes alpha_bar from one step to the next, at most 0.999. Returns a float64
-    tensor of shape (timesteps,).
+    alpha_bar(u) = cos²(π/2 · (u + s) / (1 + s)) with u = t / T in [0, 1]. Each beta takes alpha_bar
+    from one step to the next and is at most 0.999. Returns a float64 tensor of shape (timesteps,).
     """
     check_count(timesteps)
     u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
@@ -41,12 +39,12 @@ def cosine_betas(timesteps: int, s: float = 0.008) -> Tensor:
 
 
 class NoiseSchedule:
-    """Three vectors of length T, indexed by t = 0 … T−1 (the paper's t is ours + 1): betas, alphas,
-    alpha_bars.
+    """Three vectors of length T, indexed by t = 0 … T−1: betas, alphas and alpha_bars.
 
-    alpha_t = 1 − beta_t, and alpha_bar_t is the product of all alphas up to and including t (DDPM,
-    below Eq. 4). Computed in float64, kept in float32. Raises ValueError on betas that are not a
-    vector inside (0, 1). Warns if alpha_bars[-1] leaves signal that the eye can see in x_T.
+    The paper's t is ours + 1. alpha_t = 1 − beta_t, and alpha_bar_t is the product of all alphas up
+    to and including t (DDPM, below Eq. 4). The vectors are computed in float64 and stored in
+    float32. Raises ValueError on betas that are not a vector inside (0, 1). Warns if alpha_bars[-1]
+    leaves a visible share of the image in x_T.
     """
 
     def __init__(self, betas: Tensor):
@@ -67,16 +65,18 @@ class NoiseSchedule:
         return self
 
     def snr(self) -> Tensor:
-        """Signal-to-noise ratio of each step, alpha_bar / (1 − alpha_bar) (VDM, arXiv 2107.00630,
-        Eq. 2).
+        """Return the signal-to-noise ratio of each step (VDM, arXiv 2107.00630, Eq. 2).
+
+        It is alpha_bar / (1 − alpha_bar).
         """
         return self.alpha_bars / (1 - self.alpha_bars)
 
 
 def make_schedule(name: str, timesteps: int, scale: float = 1.0) -> NoiseSchedule:
-    """The schedule called `name` ("linear" or "cosine").
+    """Return the schedule called `name` ("linear" or "cosine").
 
-    `scale` multiplies the linear betas; the cosine needs none.
+    `scale` multiplies the linear betas. The cosine schedule does not use it. Raises ValueError on
+    any other name.
     """
     if name == "linear":
         return NoiseSchedule(linear_betas(timesteps, scale))
@@ -94,10 +94,11 @@ def check_count(timesteps: int) -> None:
 
 
 def check_betas(betas: Tensor) -> Tensor:
-    """`betas` as float64 on the CPU; ValueError unless it is a non-empty vector with every value
-    strictly between 0 and 1.
+    """Return `betas` as float64 on the CPU.
+
+    Raises ValueError unless it is a non-empty vector with every value strictly between 0 and 1.
     """
-    betas = betas.cpu() if isinstance(betas, Tensor) else betas  # not every device knows float64
+    betas = betas.cpu() if isinstance(betas, Tensor) else betas  # some devices lack float64
     betas = torch.as_tensor(betas, dtype=torch.float64)
     if betas.ndim != 1 or len(betas) == 0:
         raise ValueError(
@@ -114,13 +115,14 @@ def check_betas(betas: Tensor) -> Tensor:
 
 
 def warn_if_signal_remains(betas: Tensor, alpha_bars: Tensor, visible: float = 0.05) -> None:
-    """Warn if x_T still holds more than `visible` times the image: sampling starts from pure
-    noise and would not match.
+    """Warn if x_T still holds more than `visible` times the image.
+
+    Sampling starts from pure noise and would not match such an x_T.
     """
     left = alpha_bars[-1].sqrt().item()
     if left <= visible:
         return
-    # log alpha_bar is nearly linear in the betas, so this factor brings it to DDPM's own end point,
+    # log alpha_bar is nearly linear in the betas, so this factor brings it to DDPM's end point,
     # 4.0e-5.
     factor = math.log(4.0e-5) / min(alpha_bars[-1].log().item(), -1e-12)
     short = factor * betas.max().item() >= 0.99  # so few steps that a beta would reach 1
@@ -140,8 +142,9 @@ def warn_if_signal_remains(betas: Tensor, alpha_bars: Tensor, visible: float = 0
 def check_timesteps(t: Tensor, timesteps: int) -> None:
     """Raise ValueError unless `t` holds whole numbers in 0 … T−1.
 
-    The range is read on the CPU only: on a GPU it would stop the stream at every step, and indexing
-    there raises by itself for t ≥ T (a negative t counts from the end, as everywhere in PyTorch).
+    The range is checked on the CPU only. On a GPU the check would stop the stream at every step,
+    and indexing raises an error there for t ≥ T by itself (a negative t counts from the end, as
+    everywhere in PyTorch).
     """
     if t.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"t has dtype {t.dtype}: timesteps are whole numbers, use torch.long")

@@ -1,6 +1,4 @@
-"""The training step, the average of the weights, the plain training loop, and the losses that judge
-it.
-"""
+"""The training step, the EMA of the weights, the plain training loop and the evaluation losses."""
 
 import copy
 import functools
@@ -17,7 +15,7 @@ from .diffusion import diffusion_loss, eval_mode, q_sample, training_target
 from .optimizer import make_optimizer
 from .schedules import NoiseSchedule, make_schedule
 
-# steps after which a GPU, which runs behind its host, is waited for to look at the losses
+# steps between two reads of the losses on a GPU, since each read waits for the GPU
 READ_EVERY = 50
 
 
@@ -28,18 +26,17 @@ def sample_timesteps(
     device="cpu",
     middle: bool = False,
 ) -> Tensor:
-    """n timesteps, one from each n-th part of 0 … T−1 (VDM, 2107.00630, I.1): each uniform, or with
-    `middle` on a hill.
+    """Draw n timesteps, one from each n-th part of 0 … T−1 (VDM, 2107.00630, I.1).
 
-    Spreading a batch evenly leaves the expected loss of Algorithm 1 as it is and takes most of the
-    variance out of its value. On the hill, s = t/T has the density 6·s·(1 − s), which weights the
-    loss (as 2403.03206, 3.1): better images sooner.
+    Each is uniform in its part. Spreading a batch evenly keeps the expected loss of Algorithm 1 and
+    removes most of the variance of its value. With `middle`, s = t/T has the density 6·s·(1 − s),
+    which weights the loss (as in 2403.03206, 3.1) and gives better images sooner.
     """
     u = torch.rand(n, generator=generator, device=device)
     part = torch.randperm(n, generator=generator, device=device)
     s = (part + u) / n
     if middle:
-        # where 3s² − 2s³, the share of times below s, is what it was
+        # invert 3s² − 2s³, the distribution function of the density 6s(1 − s)
         s = 0.5 - (torch.asin(1 - 2 * s) / 3).sin()
     return (s * timesteps).long().clamp(max=timesteps - 1)
 
@@ -47,8 +44,9 @@ def sample_timesteps(
 def drop_labels(
     y: Tensor, share: float, none: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Labels y (B,), each replaced by `none` with probability `share` (2207.12598, Algorithm 1),
-    independent of the others.
+    """Replace each label of y (B,) by `none` with probability `share` (2207.12598, Algorithm 1).
+
+    The labels are dropped independently of each other.
     """
     dropped = torch.rand(y.shape, generator=generator, device=y.device) < share
     return y.masked_fill(dropped, none)
@@ -65,8 +63,10 @@ def train_step(
     grad_clip: float = 1.0,
     y: Tensor | None = None,
 ) -> Tensor:
-    """One pass through DDPM Algorithm 1, lines 2–5: loss, gradient (clipped to norm `grad_clip`),
-    step. Returns the loss.
+    """Run DDPM Algorithm 1, lines 2–5, once and return the loss.
+
+    The step computes the loss and the gradient, clips the gradient to norm `grad_clip`, and updates
+    the weights.
     """
     with runtime.autocast(x0.device):
         loss = diffusion_loss(model, schedule, x0, t, eps, target, y)
@@ -78,11 +78,11 @@ def train_step(
 
 
 class EMA:
-    """An average of the weights over the steps: θ_ema ← d·θ_ema + (1 − d)·θ, d = min(decay, (1 + n)
-    / (10 + n)) at update n.
+    """An exponential moving average of the weights over the steps.
 
-    The ramp keeps a short run from averaging in its random start. `model` is the averaged network,
-    always in eval mode.
+    θ_ema ← d·θ_ema + (1 − d)·θ with d = min(decay, (1 + n) / (10 + n)) at update n. The rise of d
+    gives the random start little weight in a short run. `model` is the averaged network, always in
+    eval mode.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999):
@@ -98,8 +98,10 @@ class EMA:
 
 
 def learning_rate(step: int, total: int, cfg: TrainConfig) -> float:
-    """The rate at `step` = 0 … total−1: a linear rise over `warmup_steps`, `lr`, then a linear fall
-    to `lr_floor · lr`.
+    """Return the learning rate at `step` = 0 … total−1.
+
+    The rate rises linearly over `warmup_steps`, but over at most a quarter of the run. It then
+    stays at `lr`, and after the share `decay_from` of the run it falls linearly to `lr_floor · lr`.
     """
     rise = (step + 1) / max(1, min(cfg.warmup_steps, total // 4))
     start = cfg.decay_from * total
@@ -108,15 +110,17 @@ def learning_rate(step: int, total: int, cfg: TrainConfig) -> float:
 
 
 def step_generator(seed: int, step: int, device="cpu") -> torch.Generator:
-    """A generator that depends on nothing but seed and step, so that a resumed run draws what the
-    whole run would have drawn.
+    """Return a generator that depends on the seed and the step only.
+
+    A resumed run therefore draws what the whole run would have drawn.
     """
     return torch.Generator(device=device).manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
 def batch_indices(n_images: int, step: int, cfg: TrainConfig, device="cpu") -> Tensor:
-    """Which images step `step` sees: each pass over the data is a new permutation, and batches run
-    on from pass to pass.
+    """Return the indices of the images in the batch of step number `step`.
+
+    Each pass over the data is a new permutation. A batch may continue from one pass into the next.
     """
     number, offset = divmod(step * cfg.batch_size, n_images)
     order = permutation(n_images, cfg.seed, number, device)
@@ -128,9 +132,9 @@ def batch_indices(n_images: int, step: int, cfg: TrainConfig, device="cpu") -> T
 
 @functools.lru_cache(maxsize=4)
 def permutation(n_images: int, seed: int, number: int, device="cpu") -> Tensor:
-    """The order of the images in pass `number`, the same on every device.
+    """Return the order of the images in pass `number`, the same on every device.
 
-    Treat it as read-only: four are remembered.
+    Treat it as read-only, because the latest four are cached.
     """
     return torch.randperm(n_images, generator=step_generator(seed + 1_000_000_007, number)).to(
         device
@@ -138,9 +142,7 @@ def permutation(n_images: int, seed: int, number: int, device="cpu") -> Tensor:
 
 
 class TrainState:
-    """Everything a run consists of: config, network, its EMA, optimizer, schedule and the number of
-    steps done.
-    """
+    """The state of a run: config, network, EMA, optimizer, schedule and number of steps done."""
 
     def __init__(self, cfg: TrainConfig, model: nn.Module, device="cpu"):
         self.cfg, self.device = cfg, torch.device(device)
@@ -150,10 +152,10 @@ class TrainState:
         self.schedule = make_schedule(**cfg.noise()).to(self.device)
         self.step = 0
         self.best = math.inf  # the lowest held-out loss so far
-        # what `runs.describe_data` says of the images it is trained on, once it is
+        # the training data as `runs.describe_data` describes them, None before training
         self.data = None
-        self.stopped = False  # True once the reader has pressed stop; set it to end `runs.train`
-        # steps between two looks at the losses
+        self.stopped = False  # True after the reader pressed stop; set it to end `runs.train`
+        # steps between two reads of the losses
         self.read_every = 1 if self.device.type == "cpu" else READ_EVERY
         self.unsaved = None  # the NotSaved of the latest save point, if it failed
 
@@ -161,11 +163,10 @@ class TrainState:
 def draw_batch(
     state: TrainState, images, labels: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x0, t, eps and y of step number `state.step`, on its device; they depend on that number and
-    the seed alone.
+    """Return x0, t, eps and y of step number `state.step`, on the device of `state`.
 
-    images: (N, C, H, W) uint8, or `folders.FolderImages`. Of several processes, each gets its share
-    of the batch.
+    They depend on the step number and the seed only. `images` is (N, C, H, W) uint8 or
+    `folders.FolderImages`. Each of several processes gets its share of the batch.
     """
     cfg, mine = state.cfg, distributed.share(state.cfg.batch_size)
     n, timesteps, rng = (
@@ -173,7 +174,7 @@ def draw_batch(
         len(state.schedule),
         step_generator(cfg.seed, state.step, state.device),
     )
-    # which images; a streamed batch is picked where it is read
+    # which images; the indices of a streamed batch stay on the CPU
     where = state.device if isinstance(images, Tensor) else "cpu"
     picked = batch_indices(len(images), state.step, cfg, where)
     x0 = to_model_range(images[picked[mine]].to(state.device), cfg.data_range)
@@ -196,11 +197,12 @@ def training_steps(
     labels: Tensor | None = None,
     model: nn.Module | None = None,
 ) -> Iterator[Tensor]:
-    """DDPM Algorithm 1: from `state.step` to the end of the config, a step an iteration; yields its
-    loss, still on the device.
+    """Run DDPM Algorithm 1 to the end of the config and yield the loss of each step.
 
-    images and labels as in `draw_batch`. `model` stands for `state.model`, whose weights it shares:
-    compiled, or replicated. The plain loop; `runs.train` is the same loop with a run around it.
+    The loop starts at `state.step`. The loss stays on the device. `images` and `labels` are those
+    of `draw_batch`. `model` is used in place of `state.model`, whose weights it shares, for example
+    compiled or replicated. This is the plain loop; `runs.train` adds everything else that a run
+    needs.
     """
     cfg, model = state.cfg, model or state.model
     total = cfg.steps(len(images))
@@ -229,8 +231,9 @@ def held_out_loss(
     seed: int = 0,
     data_range: str = "symmetric",
 ) -> float:
-    """Mean loss on `images` (uint8) with timesteps and noise fixed by `seed`, so that two networks
-    get the same inputs.
+    """Return the mean loss on `images` (uint8).
+
+    `seed` fixes the timesteps and the noise, so that two networks get the same inputs.
     """
     per_t = loss_per_timestep(model, schedule, images, target, None, batch_size, seed, data_range)
     return per_t.mean().item()
@@ -247,8 +250,9 @@ def loss_per_timestep(
     seed: int = 0,
     data_range: str = "symmetric",
 ) -> Tensor:
-    """Squared error per pixel of each image at its own timestep (`timesteps` (N,), or None for an
-    even spread). Shape (N,).
+    """Return the squared error per pixel of each image at its own timestep, shape (N,).
+
+    `timesteps` has shape (N,). None spreads the timesteps evenly.
     """
     device = schedule.betas.device
     rng = torch.Generator(device=device).manual_seed(seed)

@@ -1,5 +1,6 @@
-"""The network: a small U-Net of residual blocks, each told the time, with self-attention where it
-is cheap.
+"""The network: a small U-Net of residual blocks with time embeddings and some self-attention.
+
+Every residual block receives the time. Self-attention is used at the levels where it is cheap.
 """
 
 import math
@@ -15,7 +16,7 @@ from .embeddings import TimeEmbedding
 def fold_pixels(x: Tensor, fold: int) -> Tensor:
     """(B, C, H, W) → (B, C·fold², H/fold, W/fold): each fold × fold patch becomes one position.
 
-    Nothing is lost.
+    No information is lost.
     """
     return rearrange(x, "b c (h f) (w g) -> b (c f g) h w", f=fold, g=fold)
 
@@ -26,8 +27,9 @@ def unfold_pixels(x: Tensor, fold: int) -> Tensor:
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
-    """`layer` with weights and bias at zero: a residual branch that ends in it starts as the
-    identity.
+    """Set the weights and the bias of `layer` to zero and return it.
+
+    A residual branch that ends in such a layer starts as the identity.
     """
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -37,8 +39,8 @@ def zero_init(layer: nn.Module) -> nn.Module:
 class ResBlock(nn.Module):
     """(B, c_in, H, W), (B, time_dim) → (B, c_out, H, W): two convolutions beside a shortcut.
 
-    Time scales and shifts what runs between the two, after the second normalization (as in Improved
-    DDPM), which therefore cannot undo it.
+    The time embedding scales and shifts the signal between the two convolutions, after the second
+    normalization (as in Improved DDPM), so that the normalization cannot undo it.
     """
 
     def __init__(self, c_in: int, c_out: int, time_dim: int, groups: int = 4, dropout: float = 0.0):
@@ -59,7 +61,7 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """(B, C, H, W) → the same shape: every position looks at every other; added to its input."""
+    """(B, C, H, W) → the same shape: self-attention over all positions, added to its input."""
 
     def __init__(self, channels: int, heads: int = 4, groups: int = 4):
         super().__init__()
@@ -78,9 +80,9 @@ class SelfAttention(nn.Module):
 
 
 class DownLevel(nn.Module):
-    """Residual blocks at one resolution, then attention if asked for.
+    """Residual blocks at one resolution, then self-attention if `attention` is true.
 
-    Every block's output is kept in `skips`.
+    The output of every block is appended to `skips`.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """Residual blocks at one resolution; each takes the newest of `skips` beside its input."""
+    """Residual blocks at one resolution; each concatenates its input with the latest of `skips`."""
 
     def __init__(self, width: int, blocks: int, time_dim: int, groups: int, dropout: float):
         super().__init__()
@@ -122,8 +124,9 @@ class UpLevel(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, c_in, H, W) → (B, c_out, 2H, 2W): nearest neighbor, then a convolution that smooths the
-    blocks away.
+    """(B, c_in, H, W) → (B, c_out, 2H, 2W): nearest-neighbor upsampling, then a convolution.
+
+    The convolution smooths the blocks of equal pixels.
     """
 
     def __init__(self, c_in: int, c_out: int):
@@ -135,11 +138,11 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """model(x_t, t, y=None) → a tensor shaped like x_t.
+    """The U-Net: model(x_t, t, y=None) → a tensor shaped like x_t.
 
-    x_t: (B, channels, H, W) float; t: (B,) long; y: (B,) long labels, or None for "no label". H and
-    W must be multiples of `self.divisor`. Raises ValueError on widths, groups, heads or sizes that
-    do not fit.
+    x_t is (B, channels, H, W) float, t is (B,) long, and y is (B,) long labels, or None for "no
+    label". H and W must be multiples of `self.divisor`. Raises ValueError on widths, groups, heads
+    or sizes that do not fit.
     """
 
     def __init__(
@@ -190,8 +193,9 @@ class UNet(nn.Module):
 
 
 def check_widths(widths, attention_levels, groups: int, heads: int) -> None:
-    """Raise ValueError unless groups divide every width and heads divide
-    every width that attends.
+    """Raise ValueError unless groups and heads divide the widths.
+
+    `groups` must divide every width, and `heads` every width with attention.
     """
     for i, width in enumerate(widths):
         if width % groups:
@@ -208,8 +212,9 @@ def check_widths(widths, attention_levels, groups: int, heads: int) -> None:
 
 
 def check_input(x: Tensor, t: Tensor, y: Tensor | None, model: UNet) -> None:
-    """Raise ValueError unless x_t, t and y have the shapes and kinds that `model` takes, with the
-    nearest sizes that work.
+    """Raise ValueError unless x_t, t and y have the shapes and dtypes that `model` takes.
+
+    The message for a wrong height or width names the nearest sizes that work.
     """
     if x.ndim != 4 or x.shape[1] != model.channels:
         raise ValueError(

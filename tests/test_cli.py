@@ -853,12 +853,14 @@ def test_help_says_what_there_is(name, monkeypatch, capsys):
                 if isinstance(field.default, tuple)
                 else field.default
             )
-            (note,) = re.findall(rf"^    {field.name}: .+?  # (.+)$", source, re.MULTILINE)
-            assert re.search(
-                rf"{flag(field.name)} \S.*?{re.escape(note)} \(default: "
-                rf"{re.escape(str(default))}\)",
-                plain,
+            # the comment behind the field, or the line above it
+            found = re.search(
+                rf"^(?:    # (.+)\n)?    {field.name}: [^#\n]+(?:  # (.+))?$", source, re.MULTILINE
             )
+            note = re.escape(found[2] or found[1])
+            kind = r"(STR|INT|FLOAT|\[INT \[INT \.\.\.\]\])"
+            default = re.escape(str(default))
+            assert re.search(rf"{flag(field.name)} {kind} {note} \(default: {default}\)", plain)
     elif not name:
         assert all(f"• {command} " in plain for command in flags.COMMANDS)
 

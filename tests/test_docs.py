@@ -114,3 +114,16 @@ def test_nothing_generated_is_tracked():
         for name in tracked
         if (ROOT / name).is_file() and (ROOT / name).stat().st_size > 4_000_000
     ]
+
+
+def test_words_are_plain_and_american():
+    """The field's words: image, setting, metric, module, gray, color, neighbor, normalization."""
+    odd = re.compile(
+        r"picture|\bknobs?\b|\brulers?\b|(?<!make )\brooms?\b|grey|colour|neighbour|isation\b", re.I
+    )
+    files = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+    for folder in ("ddpm_utils", "benchmarks", "tools"):
+        files += (ROOT / folder).rglob("*.py")
+    for file in files:
+        found = [line for line in file.read_text(encoding="utf-8").splitlines() if odd.search(line)]
+        assert not found, f"{file.relative_to(ROOT)}: {found[0].strip()}"

@@ -889,8 +889,8 @@ def test_a_file_that_could_not_be_read_is_tried_again(faces, monkeypatch):
 
 
 def test_a_full_disk_leaves_no_part_of_a_cache(faces, own_folders, monkeypatch):
-    def full(payload, path):
-        Path(path).write_bytes(b"a part")
+    def full(payload, file):
+        file.write(b"a part")
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
     monkeypatch.setattr(torch, "save", full)

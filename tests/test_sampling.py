@@ -794,3 +794,10 @@ def test_guidance_may_lead_two_images_beyond_the_range_back_into_it(target):
     for label in (y, free):
         clamped = Denoiser(Network(), schedule, target)(x_t, t, label)
         torch.testing.assert_close(clamped, torch.ones_like(x_t), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("order", [0, 3, "2"])
+def test_an_order_that_is_no_order_is_refused(order):
+    schedule = make_schedule("cosine", 20)
+    with pytest.raises(ValueError, match=r"order=.* is not known: choose 1 \(DDIM\) or 2"):
+        last(ddim_sample(lambda x, t, y: x, schedule, (1, 1, 2, 2), 5, order=order))

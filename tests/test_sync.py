@@ -116,8 +116,10 @@ def test_no_lesson_defines_what_another_builds(lesson):
 @pytest.mark.parametrize(("lesson", "module", "name"), PLACES, ids=[name for _, _, name in PLACES])
 def test_synced_definitions_fit_a_cell(lesson, module, name):
     source = inspect.getsource(importlib.import_module(f"ddpm_utils.{module}"))
-    lines = len(ast.unparse(definitions(source)[name][0]).splitlines())
-    assert lines <= 42, f"{name} is {lines} lines long"
+    (node,) = definitions(source)[name]
+    bare(node)  # takes the docstrings out
+    lines = len(ast.unparse(node).splitlines())
+    assert lines <= 40, f"{name} is {lines} lines long"
 
 
 def test_the_comparison_sees_a_changed_line():

@@ -22,7 +22,7 @@ import torch
 from conftest import TINY
 from torch import nn
 
-from ddpm_utils import checkpoints, diffusion, runs, training
+from ddpm_utils import checkpoints, diffusion, runs, runtime, training
 from ddpm_utils.config import TrainConfig
 from ddpm_utils.runs import NotSaved, TrainingDiverged, train
 from ddpm_utils.training import EMA, TrainState
@@ -847,7 +847,7 @@ def interrupt(patch, state, point: str, action) -> None:
     elif point == "measuring":
         state.ema.model.register_forward_pre_hook(now)
     elif point == "half written":
-        patch.setattr(checkpoints, "open", lambda *a: Halved(builtins.open(*a)), raising=False)
+        patch.setattr(runtime, "open", lambda *a: Halved(builtins.open(*a)), raising=False)
     elif point == "before the flush":
         patch.setattr(os, "fsync", around(os.fsync))
     elif point == "before the renaming":
@@ -1051,7 +1051,7 @@ def fill_disk(patch, *names, steps=range(10**9), state=None):
     whole = builtins.open
     full = []
     patch.setattr(
-        checkpoints,
+        runtime,
         "open",
         lambda path, *a: full.append(path.name.split(".pt")[0][1:]) or whole(path, *a),
         raising=False,

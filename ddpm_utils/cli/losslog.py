@@ -2,11 +2,11 @@
 resumed.
 """
 
-import os
 import re
 import warnings
 from pathlib import Path
 
+from .. import runtime
 from ..runs import losses
 
 COLUMNS = ("step", "loss", "lr", "images_per_second", "held_out")
@@ -24,9 +24,8 @@ class LossLog:
         self.path, self.waiting = path, []
         kept = [row for row in whole_rows(path) if int(row.split(",")[0]) <= step]
         content = "".join([",".join(COLUMNS) + "\n", *kept]).encode()
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        with runtime.whole_file(path) as file:
+            file.write(content)
         self.size = len(content)  # of what is known to be whole
 
     def add(self, records) -> None:

@@ -291,9 +291,8 @@ def begin(state: training.TrainState, folder: Path, train_set: data.ImageSet, re
             f"than {passes:.3g}"
         )
     if distributed.rank() == 0:
-        temporary = folder / ".config.json.part"
-        temporary.write_text(json.dumps(cfg.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / "config.json")
+        with runtime.whole_file(folder / "config.json") as file:
+            file.write((json.dumps(cfg.to_dict(), indent=2) + "\n").encode())
     size = sum(weights.numel() for weights in state.model.parameters())
     where = runtime.hardware(state.device) + (
         f", {distributed.world()} processes" if distributed.world() > 1 else ""
