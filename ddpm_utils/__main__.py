@@ -8,10 +8,10 @@ import warnings
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command that `arguments` (or `sys.argv`) name; returns the exit status.
+    """Run the command in `arguments` (or `sys.argv`) and return the exit status.
 
-    0: done. 1: `doctor` found something to fix. 2: bad input or a failed run, told in one line on
-    stderr. 130: stopped.
+    The status is 0 if the command succeeded, 1 if `doctor` found something to fix, 2 on bad input
+    or a failed run (with one line on stderr that says why), and 130 if the run was stopped.
     """
     share_the_cores()
     out, err = Quiet(sys.stdout), Quiet(sys.stderr)
@@ -28,19 +28,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def share_the_cores() -> None:
-    """Let waiting threads of OpenMP sleep soon instead of spinning on, unless the user has chosen:
-    before torch loads libgomp.
+    """Let waiting OpenMP threads sleep soon instead of spinning, unless the user has chosen.
 
-    Beside other busy programs, threads that spin slow a run several times (figures in
-    benchmarks/README.md).
+    Call it before torch loads libgomp. Beside other busy programs, spinning threads make a run
+    several times slower (measurements in benchmarks/README.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 
 class Quiet:
-    """A stream that goes on in silence when its reader has closed it, as in `doctor | head -1`, or
-    if there is none.
+    """A stream that ignores writes if its reader has closed it or if there is no stream.
+
+    The program then continues without a message, as in `doctor | head -1`.
     """
 
     def __init__(self, stream):
@@ -72,7 +72,7 @@ def _show_warning(message, *place) -> None:
 
 def _run(arguments: list[str] | None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
-    if words == ["doctor"]:  # which must work where nothing is installed
+    if words == ["doctor"]:  # must work even if nothing is installed
         from .cli import doctor
 
         return doctor.run()
@@ -95,8 +95,10 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def is_plain(error: Exception) -> bool:
-    """True if the message says all that a user needs; a mistake of the program's own deserves its
-    traceback.
+    """Return True if the message of `error` is all that a user needs.
+
+    That is the case for the package's own exceptions, ValueError, OSError and OutOfMemoryError. A
+    bug in the program should show its traceback instead.
     """
     ours = type(error).__module__.startswith(__package__ + ".")
     return (
@@ -108,5 +110,5 @@ def is_plain(error: Exception) -> bool:
 
 if __name__ == "__main__":
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace")  # a terminal that knows no "…" shall not stop a run
+        stream.reconfigure(errors="replace")  # a terminal without "…" must not stop a run
     sys.exit(main())

@@ -1,5 +1,6 @@
-"""A run on disk: one file that is always whole, read without running code from it, from which a run
-goes on exactly.
+"""Checkpoints: a run saved in one file, from which it continues exactly.
+
+The file is always complete. Reading it does not run any code from it.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from . import config, runtime
 
-SCHEMA = 1  # of the checkpoint file; a change that old files do not fit raises it
+SCHEMA = 1  # of the checkpoint file; raised when a change makes old files unreadable
 # What a run needs to go on. Files of an earlier version lack "data" and "rng_mps".
 ENTRIES = {
     "step": int,
@@ -29,17 +30,18 @@ ENTRIES = {
 
 
 class NotSaved(OSError):
-    """A checkpoint could not be written: the disk is full, the folder read-only.
+    """A checkpoint could not be written (for example, a full disk or a read-only folder).
 
     The state is still in memory.
     """
 
 
 def save(path: Path | str, state) -> Path:
-    """Write one file with all of `state`, a `training.TrainState`, and return its path.
+    """Write all of `state`, a `training.TrainState`, to one file and return its path.
 
-    It is written under a temporary name, flushed to disk, then renamed, so that `path` is always
-    whole. Raises NotSaved if it cannot be written; what was there before stays.
+    The file is written under a temporary name, flushed to disk, and then renamed, so that `path` is
+    always complete. Raises NotSaved if the file cannot be written; an earlier file at `path` is
+    then kept.
     """
     path = Path(path)
     payload = {
@@ -57,7 +59,7 @@ def save(path: Path | str, state) -> Path:
         "rng_cuda": torch.cuda.get_rng_state(state.device) if state.device.type == "cuda" else None,
         "rng_mps": torch.mps.get_rng_state() if state.device.type == "mps" else None,
     }
-    buffer = io.BytesIO()  # in memory first: PyTorch's own writer hides what a full disk says
+    buffer = io.BytesIO()  # in memory first: PyTorch's own writer hides the error of a full disk
     torch.save(payload, buffer)
     try:
         _remove_litter(path)
@@ -72,8 +74,9 @@ def save(path: Path | str, state) -> Path:
 
 
 def check_writable(folder: Path | str) -> None:
-    """Make `folder`; raise NotSaved before the first step, rather than after hours, if nothing can
-    be written to it.
+    """Create `folder`, and raise NotSaved if nothing can be written to it.
+
+    A run calls this before its first step, so that it does not fail after hours of training.
     """
     try:
         runtime.make_folder(folder)
@@ -83,12 +86,13 @@ def check_writable(folder: Path | str) -> None:
 
 @contextlib.contextmanager
 def claim(folder: Path | str):
-    """Inside, `folder` belongs to this process; ValueError if another one has claimed it.
+    """Reserve `folder` for this process inside the `with` block.
 
-    Raises NotSaved as `check_writable`.
+    Raises ValueError if another process has claimed the folder, and NotSaved as `check_writable`
+    does.
 
-    The operating system ends a claim together with its process, however that ends. A file system
-    that knows no locks is trusted.
+    The operating system ends a claim when its process ends, however it ends. On a file system
+    without locks, every claim succeeds.
     """
     from filelock import FileLock, Timeout
 
@@ -116,16 +120,16 @@ def _remove_litter(path: Path) -> None:
         with contextlib.suppress(OSError):
             if os.name == "posix" and pid.isdigit():
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), 0)  # only asks whether it lives
+                    os.kill(int(pid), 0)  # only checks whether the process runs
                     continue
             part.unlink()
 
 
 def read(path: Path | str) -> dict:
-    """The contents of a checkpoint, without running any code from it.
+    """Return the contents of a checkpoint without running any code from it.
 
-    Raises FileNotFoundError if there is none, ValueError if the file is damaged, foreign or of
-    another schema.
+    Raises FileNotFoundError if there is no checkpoint, and ValueError if the file is damaged, was
+    not written by this package, or has another schema.
     """
     path = Path(path)
     if not path.is_file():
@@ -161,7 +165,7 @@ def read(path: Path | str) -> dict:
 
 
 def _check_entries(path: Path, payload: dict, names) -> None:
-    """Raise ValueError that names the entries of `payload` that are missing or of another type."""
+    """Raise ValueError naming those of `names` that `payload` lacks or has in another type."""
     wrong = [name for name in names if not isinstance(payload.get(name, ...), ENTRIES[name])]
     if wrong:
         raise ValueError(
@@ -171,8 +175,9 @@ def _check_entries(path: Path, payload: dict, names) -> None:
 
 
 def check_weights(path: Path | str, weights, model: nn.Module) -> None:
-    """Raise ValueError unless `weights`, read from `path`, are a state dict with the names and
-    shapes of `model`.
+    """Raise ValueError unless `weights` is a state dict with the names and shapes of `model`.
+
+    `path` is the file from which the weights were read.
     """
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     if (
@@ -185,12 +190,12 @@ def check_weights(path: Path | str, weights, model: nn.Module) -> None:
 
 
 def load(path: Path | str, state, strict: bool = True):
-    """Put a checkpoint into `state`, a `training.TrainState`, which is returned and goes on exactly
-    where it was saved.
+    """Load a checkpoint into `state`, a `training.TrainState`, and return `state`.
 
-    Raises ValueError, and leaves `state` as it was, if the file lacks an entry or the configs
-    differ. With `strict`, they must be one run (`TrainConfig.contradictions`); else the fields that
-    decide what the weights mean must agree.
+    The run then continues exactly where it was saved. Raises ValueError, and leaves `state`
+    unchanged, if the file lacks an entry or the configs differ. With `strict`, the two configs must
+    describe one run (`TrainConfig.contradictions`); otherwise, only the fields that decide what the
+    weights mean must agree.
     """
     path, payload = Path(path), read(path)
     saved = config.from_dict(payload["config"])
@@ -213,7 +218,7 @@ def load(path: Path | str, state, strict: bool = True):
         payload["best"],
     )
     if strict:
-        # all that a file of an earlier version knows of its images, or nothing
+        # an earlier version's file has only the shape of its images, or nothing
         shape = payload.get("data_shape")
         state.data = payload.get("data") or ({"shape": list(shape)} if shape else None)
     torch.set_rng_state(payload["rng"])
@@ -227,7 +232,7 @@ def load(path: Path | str, state, strict: bool = True):
 def _load_optimizer(path: Path, saved: dict, optimizer) -> None:
     """Load the state `saved` into `optimizer`.
 
-    Raises ValueError, and changes nothing, if it belongs to other weights.
+    Raises ValueError, and changes nothing, if the state belongs to other weights.
     """
     before = copy.deepcopy(optimizer.state_dict())
     try:
@@ -248,7 +253,7 @@ def _load_optimizer(path: Path, saved: dict, optimizer) -> None:
 
 
 def _check_rng(path: Path, state: Tensor) -> None:
-    """Raise ValueError unless `state` is one of a generator."""
+    """Raise ValueError unless `state` is a valid state of a random generator."""
     try:
         torch.Generator().set_state(state)
     except (RuntimeError, TypeError) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 DATASETS = ("fashion_mnist", "mnist", "digits")
 SCHEDULES = ("linear", "cosine")
 TARGETS = ("eps", "x0", "v")
-# Our network, and those of `gallery`, which is too heavy to be asked here.
+# Our network, and those of `gallery`, which is too slow to import here.
 MODELS = ("unet", "anime", "article", "guide", "mnist32")
 OPTIMIZERS = ("muon", "adamw", "adam")
 RANGES = ("symmetric", "unit")
@@ -62,10 +62,11 @@ WEIGHT_FIELDS = (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. `TrainConfig(**PAPER)` is DDPM's Algorithms 1 and 2 to the letter.
+    """The settings of one training run.
 
-    Raises ValueError on construction, naming the field, its value, what was expected and the
-    nearest fix.
+    `TrainConfig(**PAPER)` follows Algorithms 1 and 2 of DDPM exactly. Raises ValueError on
+    construction if a value is not valid; the message names the field, its value, what was expected,
+    and the nearest fix.
     """
 
     # data
@@ -225,8 +226,9 @@ class TrainConfig:
         return None if self.dataset in DATASETS else Path(self.dataset).expanduser()
 
     def network(self) -> dict:
-        """Keyword arguments for `unet.UNet`; `pretrained.build` makes whatever network `model`
-        names.
+        """Return the keyword arguments for `unet.UNet`.
+
+        To build whichever network `model` names, use `pretrained.build`.
         """
         names = (
             "channels",
@@ -243,19 +245,19 @@ class TrainConfig:
         return {name: getattr(self, name) for name in names}
 
     def noise(self) -> dict:
-        """Keyword arguments for `schedules.make_schedule`."""
+        """Return the keyword arguments for `schedules.make_schedule`."""
         return {"name": self.schedule, "timesteps": self.timesteps, "scale": self.beta_scale}
 
     def steps(self, n_images: int) -> int:
-        """Optimizer steps in the whole run over `n_images` training images, at least 1."""
+        """Return the number of optimizer steps in a run over `n_images` images, at least 1."""
         return max(1, round(self.epochs * n_images / self.batch_size))
 
     def replace(self, **changes) -> "TrainConfig":
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def run_name(self) -> str:
-        """A folder name that no run with another config has, such as `fashion_mnist-v-1f0a9c3e`."""
+        """Return a folder name unique to this config, such as `fashion_mnist-v-1f0a9c3e`."""
         named = sorted(
             (key, value) for key, value in self.to_dict().items() if UNNAMED.get(key) != value
         )
@@ -264,24 +266,25 @@ class TrainConfig:
         return f"{data}-{self.target}-{digest}"
 
     def to_dict(self) -> dict:
-        """Plain values only, fit for JSON and for a checkpoint."""
+        """Return the fields as plain values that fit into JSON and a checkpoint."""
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
         }
 
     def contradictions(self, other: "TrainConfig") -> list[str]:
-        """As `differences`, in all fields that a resumed run keeps.
+        """Return the `differences` in all fields that a resumed run must keep.
 
-        It may be longer (`epochs`), and the folder of its images may have moved: a checkpoint knows
-        the images by a digest.
+        A resumed run may be longer (`epochs`), and the folder of its images may have moved, because
+        a checkpoint identifies the images by a digest.
         """
         free = {"epochs"} | ({"dataset"} if self.folder and other.folder else set())
         return self.differences(other, [name for name in self.to_dict() if name not in free])
 
     def differences(self, other: "TrainConfig", fields=WEIGHT_FIELDS) -> list[str]:
-        """The `fields` in which two configs differ, each as `name: mine against theirs`; empty if
-        weights can be shared.
+        """Return the `fields` in which two configs differ, each as `name: mine against theirs`.
+
+        With the default `fields`, the list is empty if the two configs can share weights.
         """
         return [
             f"{f}: {getattr(self, f)!r} against {getattr(other, f)!r}"
@@ -291,10 +294,10 @@ class TrainConfig:
 
 
 def from_dict(values: dict) -> TrainConfig:
-    """The config that `TrainConfig.to_dict` wrote; what an older version did not write is taken
-    from `ADDED`.
+    """Return the config that `TrainConfig.to_dict` wrote.
 
-    Raises ValueError on a field that this version does not know.
+    Fields that an older version did not write are taken from `ADDED`. Raises ValueError on a field
+    that this version does not have.
     """
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(TrainConfig)})
     if unknown:
@@ -310,11 +313,12 @@ def preset_for(
     n_images: int = FULL_SET,
     capability: tuple[int, int] | None = None,
 ) -> dict:
-    """Fields that suit the hardware and the number of training images.
+    """Return the fields that suit the hardware and the number of training images.
 
-    On a GPU: wider levels, larger batches and more passes; half as many on an NVIDIA GPU whose
-    compute capability is below 8.0, which trains in float32. A set of fewer than 60,000 images gets
-    as many more passes, so that the run keeps its steps.
+    On a GPU, the levels are wider, the batches are larger, and there are more passes. There are
+    half as many passes on an NVIDIA GPU with a compute capability below 8.0, which trains in
+    float32. A set of fewer than 60,000 images gets proportionally more passes, so that the number
+    of steps stays the same.
     """
     large = {"widths": (64, 128), "batch_size": 128, "ema_decay": 0.999}
     old_gpu = capability is not None and capability < (8, 0)
@@ -325,11 +329,11 @@ def preset_for(
 
 
 def for_this_run(cfg: TrainConfig) -> TrainConfig:
-    """`cfg`, or in fast mode the same run with everything that costs time shrunk; betas grow as T
-    shrinks, so the noise stays.
+    """Return `cfg`, or in fast mode the same run with everything that costs time shrunk.
 
-    The widths of the gallery's networks are fixed: these see fewer and smaller images, of a size
-    that all but one can take.
+    The betas grow as T shrinks, so that the amount of noise stays the same. The widths of the
+    gallery's networks are fixed: these networks see fewer and smaller images instead, of a size
+    that all but one of them can take.
     """
     # brings torch, which a command line that only shows its help does not wait for
     from . import runtime

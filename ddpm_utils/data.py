@@ -1,8 +1,8 @@
 """Images as one uint8 tensor, and the two functions that change their range.
 
-Data sources, tried in order: the folder in `DDPM_DATA_DIR`; the project's own data folder, see
-`runtime.data_dir`; a download into it; scikit-learn's digits. A source is taken for both splits or
-for none.
+The data sources are tried in this order: the folder in `DDPM_DATA_DIR`; the project's own data
+folder (see `runtime.data_dir`); a download into that folder; scikit-learn's digits. A source is
+used for both splits or for neither.
 """
 
 import gzip
@@ -65,8 +65,10 @@ CONTENTS = {
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images: (N, C, H, W) uint8; labels: (N,) long; classes: a name per label; title: what they
-    are; source: where from.
+    """A set of images with labels.
+
+    images: (N, C, H, W) uint8; labels: (N,) long; classes: a name per label; title: what the images
+    are; source: where they come from.
     """
 
     images: Tensor
@@ -82,14 +84,15 @@ class ImageSet:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def first(self, n: int) -> "ImageSet":
-        """The first n images, or all if there are fewer."""
+        """Return the first n images, or all if there are fewer."""
         return replace(self, images=self.images[:n], labels=self.labels[:n])
 
 
 def to_model_range(images: Tensor, data_range: str = "symmetric") -> Tensor:
-    """uint8 0 … 255 → float32 in exactly [−1, 1], or [0, 1] if `data_range` is "unit".
+    """Convert uint8 images (0 … 255) to float32 in model range.
 
-    Raises ValueError on another dtype.
+    The range is exactly [−1, 1], or [0, 1] if `data_range` is "unit". Raises ValueError on another
+    dtype.
     """
     if images.dtype != torch.uint8:
         raise ValueError(
@@ -100,16 +103,18 @@ def to_model_range(images: Tensor, data_range: str = "symmetric") -> Tensor:
 
 
 def to_symmetric(x: Tensor, data_range: str) -> Tensor:
-    """Images that a network of this `data_range` drew → [−1, 1], the range of all other code."""
+    """Convert images drawn by a network of this `data_range` to [−1, 1].
+
+    All other code uses the range [−1, 1].
+    """
     return 2 * x - 1 if data_range == "unit" else x
 
 
 def to_image_range(x: Tensor) -> Tensor:
-    """Float [−1, 1] → uint8 0 … 255, rounded; values beyond are clamped.
+    """Convert floats in [−1, 1] to uint8 0 … 255, rounded; values outside are clamped.
 
-    The inverse of `to_model_range` on all 256 values.
-
-    Raises ValueError on integers, which are in image range already, and on NaN.
+    This is the inverse of `to_model_range` on all 256 values. Raises ValueError on integers, which
+    are already in image range, and on NaN.
     """
     if not x.is_floating_point():
         raise ValueError(
@@ -122,7 +127,7 @@ def to_image_range(x: Tensor) -> Tensor:
 
 
 def check_images(images: Tensor) -> Tensor:
-    """`images`; ValueError unless it is a non-empty (N, C, H, W) uint8 tensor."""
+    """Return `images`; raise ValueError unless it is a non-empty (N, C, H, W) uint8 tensor."""
     if images.ndim != 4 or images.dtype != torch.uint8 or len(images) == 0:
         raise ValueError(
             f"images have shape {tuple(images.shape)} and dtype {images.dtype}, expected at least "
@@ -132,8 +137,9 @@ def check_images(images: Tensor) -> Tensor:
 
 
 def image_digests(images: Tensor) -> list[bytes]:
-    """A digest of the pixels of each image (N, C, H, W) uint8, 8 bytes each: equal images have
-    equal digests.
+    """Return a digest of 8 bytes for the pixels of each image, (N, C, H, W) uint8.
+
+    Equal images have equal digests.
     """
     return [
         hashlib.blake2b(image, digest_size=8).digest()
@@ -142,8 +148,9 @@ def image_digests(images: Tensor) -> list[bytes]:
 
 
 def digest(images) -> str:
-    """A digest of a set of images in its order: the same for a uint8 tensor and for the
-    `folders.FolderImages` of its files.
+    """Return one digest of a set of images in its order.
+
+    It is the same for a uint8 tensor and for the `folders.FolderImages` of its files.
     """
     each = image_digests(images) if isinstance(images, Tensor) else images.digests
     return hashlib.blake2b(b"".join(each), digest_size=8).hexdigest()
@@ -156,20 +163,23 @@ def load_images(
     pad: int = 0,
     say: bool = True,
 ) -> ImageSet:
-    """Fashion-MNIST, MNIST or the digits, gray, resized to image_size − 2·pad and padded with black
-    to image_size.
+    """Load Fashion-MNIST, MNIST or the digits as grayscale images.
 
-    Tries the data sources in order and says in one line which one it took, which `say=False` leaves
-    out. The last one is scikit-learn's digits, which need no file and no network; that another data
-    set was taken than the one asked for is said even with `say=False`, and shows in the title.
+    The images are resized to image_size − 2·pad and padded with black to image_size. For example,
+    `pad=2` with `image_size=32` turns 28×28 into 32×32 without resampling.
 
-    A source is taken only if all four files of both splits are there, packed (.gz) or not, with the
-    published content. The source chosen for one split stands for the other; it is chosen anew when
-    the split that it was chosen for is loaded again.
+    The data sources are tried in order, and one printed line says which one was used; `say=False`
+    suppresses this line. The last source is scikit-learn's digits, which need no file and no
+    network. If they replace the requested data set, the line is printed even with `say=False`, and
+    the title shows it.
 
-    `pad=2` with `image_size=32` turns 28×28 into 32×32 without resampling. Raises ValueError on an
-    unknown name or split, on a set in `DDPM_DATA_DIR` of which some files are missing or damaged,
-    and if files of the other split's source have gone bad since.
+    A source is used only if all four files of both splits are there, packed (.gz) or not, with the
+    published content. The source chosen for one split is also used for the other. It is chosen
+    again when the split for which it was chosen is loaded again.
+
+    Raises ValueError on an unknown name or split, if `pad` leaves no pixels, if some files of a set
+    in `DDPM_DATA_DIR` are missing or damaged, and if files of the source that was chosen for the
+    other split are now missing or damaged.
     """
     if dataset not in TITLES or split not in FILES:
         raise ValueError(
@@ -209,14 +219,16 @@ def load_images(
 
 
 def raw_folder(dataset: str, root: Path) -> Path:
-    """Where torchvision keeps the files of `dataset` below `root`."""
+    """Return the folder where torchvision keeps the files of `dataset` below `root`."""
     return root / TITLES[dataset].replace("-", "") / "raw"
 
 
 @dataclass(frozen=True)
 class Files:
-    """What `read_files` found: contents of the good files, missing names, a reason for each damaged
-    one.
+    """The result of `read_files`.
+
+    contents: of the good files, by name; missing: names of files; damaged: a reason for each
+    damaged file.
     """
 
     contents: dict[str, bytes]
@@ -232,7 +244,7 @@ class Files:
         return not self.contents and not self.damaged
 
     def problems(self) -> str:
-        """What is wrong, in a few words with the names of the files."""
+        """Return in a few words what is wrong, with the names of the files."""
         damaged = [f"{file} ({reason})" for file, reason in self.damaged.items()]
         kinds = {"missing": self.missing, "damaged": damaged}
         return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
@@ -241,7 +253,7 @@ class Files:
 def read_files(dataset: str, folder: Path, splits=tuple(FILES)) -> Files:
     """Read the files of the splits in `folder` and check their contents.
 
-    Each may be packed (.gz) or not; one good form is enough.
+    Each file may be packed (.gz) or not; one good form is enough.
     """
     found = Files({}, [], {})
     for file in (file for split in splits for file in FILES[split]):
@@ -265,9 +277,9 @@ def read_files(dataset: str, folder: Path, splits=tuple(FILES)) -> Files:
 
 
 def _unpacked(path: Path, sha256: str) -> bytes:
-    """The content of a file, whether it is a gzip file or not.
+    """Return the content of a file, whether it is a gzip file or not.
 
-    Raises ValueError with the reason if it is damaged.
+    Raises ValueError with the reason if the file is damaged.
     """
     try:
         content = path.read_bytes()
@@ -287,10 +299,10 @@ _chosen: dict[tuple, tuple[Path | None, str]] = {}
 
 
 def _from_folders(dataset: str, split: str) -> tuple[Tensor, Tensor, str] | None:
-    """Images, labels and source from the first source that holds the whole set in files, or None.
+    """Return images, labels and source from the first source that holds the whole set, or None.
 
-    The other split comes from the same source, even if a better one can be reached by now: two data
-    sets in one run would be worse.
+    The other split comes from the same source, even if a better one has become available, because
+    two data sets in one run would be worse.
     """
     override, own = runtime.data_dir_override(), runtime.data_dir()
     key = (dataset, override, own)
@@ -314,8 +326,9 @@ def _from_folders(dataset: str, split: str) -> tuple[Tensor, Tensor, str] | None
 
 
 def _choose(dataset: str, override: Path | None, own: Path) -> tuple[Path | None, Files]:
-    """The first root below which the whole set lies, after a download if need be, or None; and its
-    files.
+    """Return the first root that holds the whole set, or None, and the files found there.
+
+    The set is downloaded if necessary.
     """
     title = TITLES[dataset]
     if override is not None:
@@ -347,8 +360,9 @@ def _choose(dataset: str, override: Path | None, own: Path) -> tuple[Path | None
 
 
 def _parse(contents: dict[str, bytes], split: str) -> tuple[Tensor, Tensor]:
-    """The two IDX files of a split: a header of 16 (images) or 8 bytes (labels), then one byte per
-    value.
+    """Return the images and labels in the two IDX files of a split.
+
+    A file has a header of 16 bytes (images) or 8 bytes (labels), then one byte per value.
     """
     image_file, label_file = FILES[split]
     labels = np.frombuffer(contents[label_file], np.uint8, offset=8)
@@ -359,11 +373,10 @@ def _parse(contents: dict[str, bytes], split: str) -> tuple[Tensor, Tensor]:
 
 
 def _download(dataset: str, root: Path) -> bool:
-    """Fetch what the set below `root` lacks, from a mirror that answers within 5 s.
+    """Download what the set below `root` lacks, and return True if that worked.
 
-    True if that worked.
-
-    No file there changes before all new ones have arrived whole, and none of the user's is deleted.
+    The files come from a mirror that answers within 5 s. No file in the folder changes before all
+    new files have arrived complete, and none of the user's files is deleted.
     """
     folder = raw_folder(dataset, root)
     found = read_files(dataset, folder)
@@ -381,7 +394,7 @@ def _download(dataset: str, root: Path) -> bool:
                 for file in wanted:
                     os.replace(Path(temporary, file), folder / file)
         except Exception as error:
-            # whatever the network or the disk does, there is one more source
+            # after any failure of network or disk, one more source is left
             print(
                 f"data: the download of {TITLES[dataset]} failed ({type(error).__name__}: {error})"
             )
@@ -397,7 +410,7 @@ def _download(dataset: str, root: Path) -> bool:
 
 
 def _mirrors(dataset: str) -> list[str]:
-    import torchvision  # a second or two: paid only by those who download
+    import torchvision  # takes a second or two, and only a download needs it
 
     classes = {
         "fashion_mnist": torchvision.datasets.FashionMNIST,
@@ -407,7 +420,7 @@ def _mirrors(dataset: str) -> list[str]:
 
 
 def _answering(mirrors: list[str], file: str) -> list[str]:
-    """Those mirrors that have the file and say so within 5 s."""
+    """Return those mirrors that have the file and answer within 5 s."""
     answers = []
 
     def ask(mirror: str) -> None:
@@ -416,7 +429,7 @@ def _answering(mirrors: list[str], file: str) -> list[str]:
                 urllib.request.Request(mirror + file, method="HEAD"), timeout=4
             ):
                 answers.append(mirror)
-        except Exception:  # no answer is an answer too
+        except Exception:  # a mirror that does not answer is left out
             pass
 
     # A name server that does not answer ignores every timeout that Python can set,
@@ -442,8 +455,9 @@ def _fetch(mirror: str, files: list[str], folder: Path) -> None:
 
 
 def _set_aside(paths: list[Path]) -> Path | None:
-    """Move the files into a new folder beside them and return it, None if there are none: they may
-    be the user's own.
+    """Move the files into a new folder beside them and return it, or None if there are no files.
+
+    They are not deleted, because they may be the user's own.
     """
     if not paths:
         return None
@@ -454,8 +468,9 @@ def _set_aside(paths: list[Path]) -> Path | None:
 
 
 def _digits(split: str) -> tuple[Tensor, Tensor]:
-    """1,797 handwritten digits of 8×8 pixels and 17 gray levels, from scikit-learn: 1,500 to train
-    on, 297 to test on.
+    """Return the images and labels of scikit-learn's handwritten digits.
+
+    There are 1,797 images of 8×8 pixels and 17 gray levels: 1,500 to train on and 297 to test on.
     """
     from sklearn.datasets import load_digits
 

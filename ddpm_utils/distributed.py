@@ -1,8 +1,8 @@
-"""Several processes train as one: each takes its share of every batch, their gradients are
-averaged, process 0 writes.
+"""Training of one run in several processes.
 
-`torchrun` starts the processes, PyTorch's DistributedDataParallel averages. In a single process
-nothing here does anything.
+Each process takes its share of every batch, the gradients are averaged, and process 0 writes the
+files. `torchrun` starts the processes, and PyTorch's DistributedDataParallel averages. In a single
+process, nothing here has any effect.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ from . import runtime
 class WorkerLost(RuntimeError):
     """Another process of the run has died.
 
-    The message names the step and the last whole checkpoint.
+    The message names the step and the last complete checkpoint.
     """
 
 
 @contextlib.contextmanager
 def group(device: str | None = None):
-    """Inside, this process belongs to the run that `torchrun` started; yields its device.
+    """Join the run that `torchrun` started, and yield the device of this process.
 
-    Elsewhere, `pick_device(device)`.
+    Without `torchrun`, it yields `pick_device(device)`.
 
-    On GPUs each process takes the card of its number on the machine and they talk by NCCL; all else
-    is CPU and Gloo.
+    On GPUs, each process uses the card with its number on the machine, and the processes
+    communicate through NCCL. In all other cases they use the CPU and Gloo.
 
         with distributed.group() as device:
             state = training.TrainState(cfg, UNet(**cfg.network()), device)
@@ -55,19 +55,22 @@ def group(device: str | None = None):
 
 
 def rank() -> int:
-    """The number of this process, 0 … world−1. Number 0 writes files, measures and prints."""
+    """Return the number of this process, 0 … world−1.
+
+    Process 0 writes files, measures and prints.
+    """
     return dist.get_rank() if world() > 1 else 0
 
 
 def world() -> int:
-    """How many processes train together; 1 without a group."""
+    """Return how many processes train together; 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def share(batch_size: int) -> slice:
-    """Which part of the whole batch is this process's.
+    """Return which part of the whole batch belongs to this process.
 
-    Raises ValueError if there is no equal part for each.
+    Raises ValueError if the batch cannot be divided equally among the processes.
     """
     part, left = divmod(batch_size, world())
     if left:
@@ -79,7 +82,7 @@ def share(batch_size: int) -> slice:
 
 
 def agree(**facts) -> None:
-    """Raise ValueError, in every process, unless `facts` are equal in all."""
+    """Raise ValueError, in every process, unless `facts` are equal in all of them."""
     if world() == 1:
         return
     everyones = [None] * world()
@@ -95,16 +98,18 @@ def agree(**facts) -> None:
 
 
 def seed_dropout(seed: int, step: int) -> None:
-    """Of several processes, give each its own dropout masks, the same ones
-    again in a resumed run.
+    """Give each of several processes its own dropout masks.
+
+    A resumed run gets the same masks again.
     """
     if world() > 1:
         torch.manual_seed((seed * 1_000_003 + step) * world() + rank())
 
 
 def first_process_only(action):
-    """Call `action` in process 0 and return None; what it raises is raised in every process, so
-    that none waits in vain.
+    """Call `action` in process 0 and return None.
+
+    An exception in `action` is raised in every process, so that none keeps waiting.
     """
     problem = [None]
     if rank() == 0:
@@ -119,9 +124,9 @@ def first_process_only(action):
 
 
 def replicate(model: nn.Module, average: nn.Module) -> nn.Module:
-    """`model`, wrapped so that its gradients are means over all processes.
+    """Wrap `model` so that its gradients are means over all processes, and return it.
 
-    Weights and average become those of process 0.
+    The weights and `average` become those of process 0.
     """
     if world() == 1:
         return model
@@ -132,9 +137,9 @@ def replicate(model: nn.Module, average: nn.Module) -> nn.Module:
 
 
 def gather(loss: Tensor, stopped: bool) -> tuple[Tensor, Tensor | bool]:
-    """The loss of the whole batch, and whether any process has been told to stop.
+    """Return the loss of the whole batch, and whether any process was told to stop.
 
-    The host waits for neither.
+    The host waits for neither value.
     """
     if world() == 1:
         return loss, stopped
@@ -145,8 +150,9 @@ def gather(loss: Tensor, stopped: bool) -> tuple[Tensor, Tensor | bool]:
 
 @contextlib.contextmanager
 def lost_worker(message):
-    """Turn what Gloo, or NCCL if it says so, reports of a lost process into a WorkerLost with the
-    text `message()`.
+    """Turn an error from Gloo about a lost process into a WorkerLost with the text `message()`.
+
+    The same holds for NCCL if it reports the loss.
     """
     try:
         yield

@@ -1,6 +1,7 @@
-"""Folders of images, of any size and shape: one uint8 tensor or, where memory is short, batches.
+"""Folders of images of any size and shape, read as one uint8 tensor or as batches.
 
-Every file is read once before training. Files that cannot be read are named and left out.
+Batches are read where memory is short. Every file is read once before training. Files that cannot
+be read are named and left out.
 """
 
 import contextlib
@@ -48,23 +49,23 @@ SAMPLED = 16  # files whose first bytes go into the name of a cache
 
 
 def find_images(folder: Path | str) -> list[Path]:
-    """The image files in `folder` and below, by name, in order.
+    """Return the image files in `folder` and below, sorted by name.
 
-    These are the formats of `FORMATS` that the installed Pillow reads. Links are followed, and each
-    folder is entered once. Hidden files and folders are left out, and so are folders of runs and
-    samples. Raises FileNotFoundError if there is no such folder, PermissionError if it cannot be
-    opened, and ValueError if it holds no image or belongs to a run.
+    The formats are those of `FORMATS` that the installed Pillow reads. Links are followed, and each
+    folder is entered once. Hidden files and folders are left out, and so are the folders of runs
+    and samples. Raises FileNotFoundError if there is no such folder, PermissionError if it cannot
+    be opened, and ValueError if it holds no image or belongs to a run.
     """
     return _list(folder).paths
 
 
 def read_image(path: Path | str, image_size: int, channels: int = 3, pad: int = 0) -> Tensor:
-    """One file as (channels, image_size, image_size) uint8.
+    """Return one file as a (channels, image_size, image_size) uint8 tensor.
 
-    The image is turned upright, scaled to fit its shorter side, and cropped in the center. What is
-    transparent becomes white; the outermost `pad` pixels are black. Only the first frame of an
-    animation is read. Raises ValueError on bad numbers and on pixels without an agreed range
-    (floats, 32-bit integers), and what Pillow raises on a file that is no image or is damaged.
+    The image is turned upright, scaled so that its shorter side fits, and cropped in the center.
+    Transparent areas become white; the outermost `pad` pixels are black. Only the first frame of an
+    animation is read. Raises ValueError on invalid arguments and on pixels without an agreed range
+    (floats, 32-bit integers). Raises Pillow's error if the file is damaged or is not an image.
     """
     _check_form(image_size, channels, pad)
     with _quiet():
@@ -80,12 +81,13 @@ def load_folder(
     progress: Callable[[int, int], None] | None = None,
     pad: int = 0,
 ) -> ImageSet:
-    """Every image of a folder in one uint8 tensor (N, channels, image_size, image_size).
+    """Load every image of a folder into one uint8 tensor.
 
-    Files that cannot be read are named, counted and left out; with `strict` they raise ValueError.
-    The tensor is kept under `data/folders/` and read from there as long as no file has changed.
-    `progress(done, total)` is told how far it is. Raises as `find_images` and `read_image` do, and
-    ValueError if no file can be read.
+    The tensor has the shape (N, channels, image_size, image_size). Files that cannot be read are
+    named, counted and left out; with `strict`, they raise ValueError. The tensor is stored under
+    `data/folders/` and read from there as long as no file has changed. `progress(done, total)` is
+    called while the files are read. Raises as `find_images` and `read_image` do, and ValueError if
+    no file can be read.
     """
     _check_form(image_size, channels, pad)
     listing = _list(folder)
@@ -105,13 +107,14 @@ def train_and_test(
     progress: Callable[[int, int], None] | None = None,
     strict: bool = False,
 ) -> tuple[ImageSet, ImageSet]:
-    """The images of a folder to train on, and those held out: every 50th, 1 to about 1,000.
+    """Return the images of a folder to train on, and the images held out.
 
-    With `stream`, the images to train on stay on disk, as `FolderImages`. The default streams if a
-    tensor of all images would take more than a quarter of the memory that is free, here or on
-    `device`. Both ways give the same images: every file is read once before, and what cannot be
-    read is left out, or raises ValueError with `strict`. Other arguments and what it raises as in
-    `load_folder`, and ValueError if only one image can be read.
+    Every 50th image is held out, from 1 to about 1,000 in all. With `stream`, the images to train
+    on stay on disk, as `FolderImages`. By default, they do so if a tensor of all images would take
+    more than a quarter of the memory that is free, on the CPU or on `device`. Both ways give the
+    same images: every file is read once beforehand, and files that cannot be read are left out, or
+    raise ValueError with `strict`. The other arguments and the errors are those of `load_folder`.
+    Also raises ValueError if only one image can be read.
     """
     form = (image_size, channels, pad)
     _check_form(*form)
@@ -139,12 +142,13 @@ def train_and_test(
 
 
 class FolderImages:
-    """Images that stay on disk, in place of a uint8 tensor (N, channels, image_size, image_size).
+    """Images that stay on disk, used in place of a uint8 tensor.
 
-    It has `shape`, `len` and `digests`, the `data.image_digests` of that tensor. `images[picked]`,
-    picked (B,) long on the CPU, reads these: (B, channels, image_size, image_size). Raises
-    ValueError that names a file which cannot be read, and on indices on another device, since
-    waiting for them would cost a GPU its lead over its host.
+    The tensor would be (N, channels, image_size, image_size). The class has `shape`, `len` and
+    `digests`, the `data.image_digests` of that tensor. `images[picked]`, with `picked` (B,) long on
+    the CPU, reads these images as (B, channels, image_size, image_size). Raises ValueError that
+    names the file if one cannot be read. Raises ValueError if the indices are on another device,
+    because the host of a GPU would have to wait for them.
     """
 
     def __init__(
@@ -166,7 +170,10 @@ class FolderImages:
 
     @property
     def digests(self) -> list[bytes]:
-        """A digest of the pixels of each image. Reads all files if they were not given."""
+        """A digest of the pixels of each image.
+
+        Reads all files if the digests were not given.
+        """
         if self._digests is None:
             rows, bad = _decode_all(self.reader.paths, self.reader.form, True, None)
             for i, reason in bad.items():
@@ -175,14 +182,17 @@ class FolderImages:
         return self._digests
 
     def only(self, picked: Tensor) -> "FolderImages":
-        """Those at the indices `picked`."""
+        """Return the images at the indices `picked`."""
         order = picked.tolist()
         digests = None if self._digests is None else [self._digests[i] for i in order]
         return FolderImages([self.reader.paths[i] for i in order], *self.reader.form, digests)
 
     @contextlib.contextmanager
     def ahead(self, order: Iterable[Tensor]):
-        """Inside, batches are asked for in this order, and workers read them before they are."""
+        """Let workers read the batches of `order` in advance inside the `with` block.
+
+        Batches must then be requested in this order.
+        """
         order, later = itertools.tee(order)
         loader = DataLoader(
             self.reader,
@@ -210,7 +220,10 @@ class FolderImages:
 
 
 class _Reader(Dataset):
-    """What workers read from. An item is a batch, or a message: an error would be a traceback."""
+    """The data set that the workers read from.
+
+    An item is a batch, or an error message: an exception would be shown as a traceback.
+    """
 
     def __init__(self, paths: list[Path], form: tuple[int, int, int]):
         self.paths, self.form = paths, form
@@ -227,12 +240,18 @@ class _Reader(Dataset):
 
 
 def _gone(path: Path, reason: str) -> str:
-    """About a file that was there: to leave it out now would change which batch holds what."""
+    """Return the message about a file that can no longer be read.
+
+    Leaving the file out now would change the contents of the batches.
+    """
     return f"{_printable(path)} cannot be read ({reason}): put the file back as it was"
 
 
 def _ignore_stop(worker: int) -> None:
-    """Ctrl-C reaches all processes; the main one finishes its step, then ends the workers."""
+    """Let a worker ignore Ctrl-C, which reaches all processes.
+
+    The main process finishes its step and then ends the workers.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -244,12 +263,12 @@ def _check_form(image_size: int, channels: int, pad: int) -> None:
         )
 
 
-# which files
+# finding files
 
 
 @dataclass
 class _Listing:
-    """What a folder holds."""
+    """The contents of a folder."""
 
     folder: Path
     # the image files in order, each with size and date, or None if these cannot be read
@@ -263,12 +282,12 @@ class _Listing:
         return list(self.files)
 
     def name(self, path: Path | str) -> str:
-        """`path` as it is called from the folder on."""
+        """Return `path` relative to the folder, in a printable form."""
         return _printable(Path(path).relative_to(self.folder).as_posix())
 
 
 def _list(folder: Path | str) -> _Listing:
-    """All that is in `folder` and below. Raises as `find_images` says."""
+    """List everything in `folder` and below. Raises as `find_images` does."""
     listing, suffixes = _Listing(Path(folder)), _suffixes()
     shown = runtime.short_path(folder)
     if not listing.folder.is_dir():
@@ -298,7 +317,10 @@ def _list(folder: Path | str) -> _Listing:
 
 
 def _walk(listing: _Listing, shown: str) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder that may hold images, once, with the names of its files. Notes the others."""
+    """Yield each folder that may hold images, once, with the names of its files.
+
+    Records the other folders in `listing`.
+    """
 
     def closed(error: OSError) -> None:
         if Path(error.filename) == listing.folder:
@@ -327,7 +349,10 @@ def _walk(listing: _Listing, shown: str) -> Iterator[tuple[Path, list[str]]]:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that Pillow can be asked to read here. MPO counts as JPEG."""
+    """Return those of `FORMATS` that `Image.open` of the installed Pillow accepts.
+
+    MPO is not among them, because Pillow opens it as JPEG.
+    """
     from PIL import Image
 
     Image.init()
@@ -342,12 +367,15 @@ def _suffixes() -> set[str]:
 
 
 def _is_hidden(name: str) -> bool:
-    """Such as `._photo.jpg`, which macOS writes beside a photo, or into `__MACOSX` in archives."""
+    """Return whether `name` starts with a dot or is `__MACOSX`.
+
+    macOS writes files such as `._photo.jpg` beside a photo, or into `__MACOSX` in archives.
+    """
     return name.startswith(".") or name == "__MACOSX"
 
 
 def _stat(path: Path) -> os.stat_result | None:
-    """Of the file or what it links to; None if that is missing or out of reach."""
+    """Return the status of the file or of what it links to, or None if that is out of reach."""
     try:
         return path.stat()
     except OSError:
@@ -355,7 +383,7 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _is_own(folder: Path, names: list[str]) -> str:
-    """What shows that this project wrote into `folder`; "" if nothing does."""
+    """Return what shows that this project wrote into `folder`, or "" if nothing does."""
     bases = (runtime.output_path(), runtime.checkpoint_dir())
     if os.path.realpath(folder) in map(os.path.realpath, bases):
         return "is the folder of outputs or checkpoints"
@@ -372,7 +400,7 @@ def _is_own(folder: Path, names: list[str]) -> str:
     return ""
 
 
-# what is said about them
+# messages
 
 
 def _image_set(images: Tensor | FolderImages, folder: Path) -> ImageSet:
@@ -388,7 +416,7 @@ def _say(shape: tuple[int, ...], listing: _Listing, more: str = "") -> None:
 
 
 def _printable(name: Path | str) -> str:
-    """On one line, and with bytes that are no text written out."""
+    """Return `name` on one line, escaped if it holds characters that cannot be printed."""
     return str(name) if str(name).isprintable() else ascii(str(name))
 
 
@@ -406,7 +434,7 @@ def _count(n: int, what: str) -> str:
 
 
 def _passed_over(listing: _Listing) -> str:
-    """Such as "; 3 other files passed over (.heic, .txt)"; "" if there are none."""
+    """Return text such as "; 3 other files passed over (.heic, .txt)", or "" if there are none."""
     if not listing.others:
         return ""
     others = listing.others
@@ -421,7 +449,10 @@ def _runs_left_out(listing: _Listing) -> str:
 
 
 def _tell(listing: _Listing, bad: dict[int, str], strict: bool) -> None:
-    """Say what is left out. Raises ValueError if nothing may be, or if nothing else is there."""
+    """Print what is left out.
+
+    Raises ValueError if `strict` is set and something is left out, or if no file can be read.
+    """
     where, paths = runtime.short_path(listing.folder), listing.paths
     if listing.runs:
         print(f"data: {_runs_left_out(listing)}")
@@ -439,12 +470,15 @@ def _tell(listing: _Listing, bad: dict[int, str], strict: bool) -> None:
         print(f"data: {problem}; left out")
 
 
-# reading them
+# reading files
 
 
 @contextlib.contextmanager
 def _quiet():
-    """Silence Pillow, whose warnings name no file. It holds for all threads: use it around them."""
+    """Silence Pillow, whose warnings do not name the file.
+
+    This applies to all threads, so use it around them and not inside.
+    """
     logger = logging.getLogger("PIL")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -470,7 +504,7 @@ def _decode(path: Path, image_size: int, channels: int, pad: int) -> Tensor:
 
 
 def _eight_bits(file):
-    """The image in an open file, in mode L or RGB, on white where it is transparent.
+    """Return the image in an open file in mode L or RGB, on white where it is transparent.
 
     Raises ValueError on pixels without an agreed range.
     """
@@ -499,7 +533,7 @@ def _eight_bits(file):
 
 
 def _scale_clear_color(file) -> None:
-    """Bring the transparent color of a PNG to 8 bits, as Pillow does with the pixels alone."""
+    """Convert the transparent color of a PNG to 8 bits; Pillow itself converts only the pixels."""
     if file.format == "PNG" and "transparency" in file.info:
         color, raw = file.info["transparency"], file.tile[0][3]
         if raw == "RGB;16B":
@@ -509,17 +543,23 @@ def _scale_clear_color(file) -> None:
 
 
 def _upright(image, file):
-    """`image`, turned as the EXIF block of `file` says, which may be damaged elsewhere."""
+    """Return `image`, turned as the EXIF block of `file` says.
+
+    A damaged block is ignored.
+    """
     from PIL.Image import Transpose
 
     orientation = None
-    with contextlib.suppress(Exception):  # a damaged block costs no image
+    with contextlib.suppress(Exception):  # a damaged block must not lose the image
         orientation = file.getexif().get(0x0112)
     return image.transpose(Transpose[TURNS[orientation]]) if orientation in TURNS else image
 
 
 def _attempt(path: Path, form: tuple[int, int, int]) -> Tensor | str:
-    """The image, or why it cannot be read: Pillow raises errors of many classes."""
+    """Return the image, or the reason why it cannot be read.
+
+    All exceptions are caught, because Pillow raises errors of many classes.
+    """
     try:
         return _decode(path, *form)
     except Exception as error:
@@ -527,7 +567,10 @@ def _attempt(path: Path, form: tuple[int, int, int]) -> Tensor | str:
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """Class and message, in one line. Messages that repeat the path are left out."""
+    """Return the class and message of `error` in one line.
+
+    A message that repeats the path is left out.
+    """
     words = getattr(error, "strerror", None) or str(error).partition("\n")[0]
     return type(error).__name__ + (f": {words}" if words and path.name not in words else "")
 
@@ -538,9 +581,10 @@ def _decode_all(
     only_digests: bool,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Tensor, dict[int, str]]:
-    """A row for each file that can be read, and {number: reason} of the others.
+    """Return a row for each file that can be read, and {number: reason} for the others.
 
-    A row is an image (channels, image_size, image_size) or, to save memory, its digest (8,), uint8.
+    A row is an image (channels, image_size, image_size) or, to save memory, its digest (8,). Both
+    are uint8.
     """
 
     def row(path: Path) -> Tensor | str:
@@ -569,7 +613,10 @@ def _read_all(
     strict: bool,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Tensor, list[Path]]:
-    """Rows as in `_decode_all`, from the cache if it holds them, and the paths of these images."""
+    """Return rows as in `_decode_all`, and the paths of these images.
+
+    The rows come from the cache if it holds them.
+    """
     paths, (size, channels, _) = listing.paths, form
     kind, shape = ("digests", (8,)) if only_digests else ("images", (channels, size, size))
     cache = runtime.data_dir() / "folders" / f"{_fingerprint(listing, form)}-{kind}.pt"
@@ -588,7 +635,10 @@ def _read_all(
 
 
 def _fingerprint(listing: _Listing, form: tuple[int, int, int]) -> str:
-    """Changes with the form and any file's name, size or date, but not with the folder's place."""
+    """Return a hash that changes with the form and with any file's name, size or date.
+
+    It does not change with the location of the folder.
+    """
     paths = listing.paths
     seen = [(path.relative_to(listing.folder).as_posix(), listing.files[path]) for path in paths]
     digest = hashlib.sha256(repr((seen, form)).encode())
@@ -600,7 +650,10 @@ def _fingerprint(listing: _Listing, form: tuple[int, int, int]) -> str:
 
 
 def _kept(cache: Path, n: int, shape: tuple[int, ...]) -> tuple[Tensor, dict[int, str]] | None:
-    """Rows of this shape and {number: reason} of n files, or None. A damaged cache is named."""
+    """Return rows of this shape and {number: reason} for n files, or None.
+
+    Prints a message if the cache is damaged.
+    """
     if not os.path.lexists(cache):
         return None
     try:
@@ -619,7 +672,7 @@ def _kept(cache: Path, n: int, shape: tuple[int, ...]) -> tuple[Tensor, dict[int
 
 
 def _keep(cache: Path, payload: dict) -> None:
-    """Write the cache; a failure costs no more than time."""
+    """Write the cache; a failure is only a warning, because it costs nothing but time."""
     try:
         if cache.is_dir():  # no file can take its place
             cache.rename(cache.with_suffix(".damaged"))

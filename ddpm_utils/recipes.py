@@ -1,9 +1,9 @@
-"""The recipes of the four source tutorials, whose networks stand in `gallery`: how each trains, and
-which images it draws.
+"""The recipes of the four source tutorials: how each trains, and which images it draws.
 
-What they share: T = 1000 linear betas, ε as target, t drawn uniformly, Adam, and, but for the
-guide, a constant rate without clipping. None tells its network labels, and none clamps x̂0 on the
-way: the finished image alone is cut to its range.
+Their networks are in `gallery`. All four use T = 1000 linear betas, ε as the target, uniform t and
+Adam. Except for the guide, they use a constant learning rate without clipping. None of them gives
+labels to its network, and none clamps x̂0 during sampling: only the finished image is clipped to
+its range.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,14 @@ SHARED = PAPER | {
 
 @dataclass(frozen=True)
 class Recipe:
-    """`config`: fields of `TrainConfig`.
+    """How a source tutorial trains, and which images it draws.
 
-    The rest: what is drawn from the trained network, by ancestral sampling in all T steps.
+    `config`: fields of `TrainConfig`. The other fields say what is drawn from the trained network,
+    by ancestral sampling in all T steps.
 
-    images: in the grid; columns: of the grid; variance: "beta" or "beta_tilde"; strip: the times
-    of T = 1000 at which every image is shown on its way, () for no strip; frames, filmed: of the
-    GIF and images in it, 0 for no GIF.
+    images: number of images in the grid; columns: of the grid; variance: "beta" or "beta_tilde";
+    strip: the times (of T = 1000) at which the state of every image is shown, or () for no strip;
+    frames, filmed: number of frames in the GIF and of images in it, or 0 for no GIF.
     """
 
     config: dict
@@ -124,11 +125,11 @@ RECIPES = {
 
 
 def fields(name: str, **chosen) -> dict:
-    """Fields of `TrainConfig`: those `chosen`, over those of the recipe `name`.
+    """Return fields of `TrainConfig`: those in `chosen`, over those of the recipe `name`.
 
-    The data sets are gray, whatever the recipe; images of a folder are read as the recipe's
-    network takes them. Raises ValueError on an unknown name, and if the recipe is for images of
-    your own and `chosen` names none.
+    The built-in data sets are gray with every recipe; images of a folder are read with the channels
+    of the recipe's network. Raises ValueError on an unknown name, and if the recipe is for your own
+    images and `chosen` names none.
     """
     if name not in RECIPES:
         raise ValueError(

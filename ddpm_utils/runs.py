@@ -1,6 +1,7 @@
-"""A run: the training loop with what keeps it safe.
+"""The training loop with the parts that make a run safe.
 
-Stopping, saving, measuring, divergence, several processes, the same data.
+They are stopping, saving, measuring, the detection of divergence, several processes, and the check
+that a resumed run has the same data.
 """
 
 import contextlib
@@ -35,21 +36,21 @@ FIVE_MINUTES = 300  # seconds
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss was no finite number, or an enormous one.
+    """The loss was not finite, or it was very large.
 
-    The message names step, config and the last good checkpoint.
+    The message names the step, the config and the last good checkpoint.
     """
 
 
 @dataclass
 class Clock:
-    """Seconds that a run has spent in its steps, without what the caller does in between."""
+    """The seconds that a run has spent in its steps, without the caller's work in between."""
 
     busy: float = 0.0
 
     @contextlib.contextmanager
     def running(self):
-        """Count the time inside."""
+        """Count the time inside the `with` block."""
         began = time.perf_counter()
         try:
             yield
@@ -59,7 +60,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What the loop reports after a step.
+    """The report of the training loop after one step.
 
     `held_out` is the EMA network's loss on held-out images, where it was measured.
     """
@@ -76,15 +77,15 @@ class StepRecord:
     def loss(self) -> float:
         """The loss of the whole batch.
 
-        A GPU is waited for: to read the losses of many steps at once, see `losses`.
+        Reading it waits for the GPU. To read the losses of many steps at once, use `losses`.
         """
         return losses([self])[0]
 
 
 def losses(records: list[StepRecord]) -> list[float]:
-    """The losses of `records`, read from the device in one go.
+    """Return the losses of `records`, read from the device in one transfer.
 
-    Waiting for its steps counts as their time.
+    The wait for the steps counts as their time.
     """
     if not records:
         return []
@@ -93,19 +94,19 @@ def losses(records: list[StepRecord]) -> list[float]:
 
 
 class Forecast:
-    """How long a run will take, from the speed of its first steps.
+    """An estimate of how long a run will take, from the speed of its first steps.
 
-    `after(record)` returns a sentence, once, else None.
+    `after(record)` returns a sentence once, and otherwise None.
 
-    The first step is left out, in which kernels are loaded and chosen; the next `READ_EVERY` are
-    timed.
+    The first step is left out, because kernels are loaded and chosen in it; the next `READ_EVERY`
+    steps are timed.
     """
 
     def __init__(self, cfg: TrainConfig, n_images: int):
         self.cfg, self.n_images, self.first = cfg, n_images, None
 
     def after(self, record: StepRecord) -> str | None:
-        """`record` is that of every step in turn."""
+        """Return the forecast as a sentence, or None; call it with the record of every step."""
         if self.first is None:
             self.first, self.began = record.step, record.clock.busy
         if record.step != self.first + READ_EVERY:
@@ -130,23 +131,24 @@ def train(
 ) -> Iterator[StepRecord]:
     """Run `state` to the end of its config, yielding a StepRecord after every step.
 
-    images: (N, C, H, W) uint8, moved to the device once; or `folders.FolderImages`, read a batch at
-    a time. With `held_out` images, their loss is measured every `evaluate_every` steps (a tenth of
-    the run if not given). With a `folder`, `last.pt` is written at those points and at the end, and
-    `best.pt` when the held-out loss is the lowest so far. The stop button (Ctrl-C) or SIGTERM ends
-    the loop between two steps, with `state.stopped` set and `last.pt` written: calling `train`
-    again goes on exactly.
+    images: (N, C, H, W) uint8, moved to the device once, or `folders.FolderImages`, read one batch
+    at a time. With `held_out` images, their loss is measured every `evaluate_every` steps (by
+    default, a tenth of the run). With a `folder`, `last.pt` is written at those points and at the
+    end, and `best.pt` when the held-out loss is the lowest so far. The stop button (Ctrl-C) or
+    SIGTERM ends the loop between two steps, sets `state.stopped` and writes `last.pt`; calling
+    `train` again continues exactly.
 
-    Inside `distributed.group` every process makes this same call and sees the loss of the whole
-    batch; process 0 alone measures and writes. Leave the loop early with `state.stopped = True`,
-    which reaches the others: after `break` they wait.
+    Inside `distributed.group`, every process makes this same call and gets the loss of the whole
+    batch; only process 0 measures and writes. To leave the loop early, set `state.stopped = True`,
+    which also stops the other processes. After a `break`, they would wait.
 
-    A save that fails is a warning, and is tried again at the next point. Raises NotSaved at once if
-    `folder` cannot be written to, and after the last step if its save failed; ValueError on images
-    that are not uint8, are empty, or are not those of the run's first steps, on labels that do not
-    go with them, and on processes that do not agree; TrainingDiverged when the loss is not finite
-    or beyond `EXPLODED` (on a GPU up to `READ_EVERY` steps later); distributed.WorkerLost when
-    another process dies (over Gloo; NCCL may wait for its timeout instead).
+    If a save fails, a warning is issued, and the save is tried again at the next point. Raises
+    NotSaved at once if `folder` cannot be written to, and after the last step if its save failed.
+    Raises ValueError if the images are not uint8, are empty, or are not those of the run's first
+    steps, if the labels do not match the images, and if the processes do not agree. Raises
+    TrainingDiverged when the loss is not finite or exceeds `EXPLODED` (on a GPU, up to `READ_EVERY`
+    steps later). Raises distributed.WorkerLost when another process dies (with Gloo; NCCL may wait
+    for its timeout instead).
     """
     cfg, first = state.cfg, state.step
     facts = describe_data(images, labels)
@@ -177,7 +179,7 @@ def train(
                 if look:
                     _read(state, unread, folder)
                     leave = bool(stop)
-            # in between, a GPU's host knows when a step was ordered and not when it was done
+            # otherwise a GPU's host knows when a step was launched, but not when it finished
             if look:
                 speed = (state.step - first) * cfg.batch_size / clock.busy  # images a second
             # measure and save at the points for it; report
@@ -195,8 +197,9 @@ def train(
 
 
 def _bring(state: TrainState, images, labels: Tensor | None, held_out: Tensor | None):
-    """Check the data and move what is held in memory to the device; also the context in which a
-    stream reads ahead.
+    """Check the data, and move what is held in memory to the device.
+
+    Returns the images, the labels, and the context in which a stream reads ahead.
     """
     mine = distributed.share(state.cfg.batch_size)
     if labels is not None and labels.shape != images.shape[:1]:
@@ -215,8 +218,9 @@ def _bring(state: TrainState, images, labels: Tensor | None, held_out: Tensor | 
 
 
 def describe_data(images, labels: Tensor | None) -> dict:
-    """What a checkpoint keeps of the images (N, C, H, W) and labels (N,): their shape, and a digest
-    of each.
+    """Return what a checkpoint stores about the images (N, C, H, W) and labels (N,).
+
+    These are the shape of the images, and a digest of the images and of the labels.
     """
     kept = (
         None
@@ -227,8 +231,9 @@ def describe_data(images, labels: Tensor | None) -> dict:
 
 
 def check_same_data(state: TrainState, now: dict) -> None:
-    """Raise ValueError that says what differs, if the run came to its step on other data than `now`
-    (`describe_data`).
+    """Raise ValueError if a resumed run had other data than `now`, as from `describe_data`.
+
+    The message says what differs.
     """
     if state.step == 0:
         return
@@ -250,9 +255,9 @@ def check_same_data(state: TrainState, now: dict) -> None:
 
 
 def _read(state: TrainState, unread: dict[int, Tensor], folder: Path | str | None) -> None:
-    """Look at the losses of the latest steps, by number, and forget them.
+    """Check the losses of the latest steps, keyed by step number, and remove them.
 
-    Raises TrainingDiverged.
+    Raises TrainingDiverged if a loss is not below `EXPLODED`.
     """
     for number, loss in zip(unread, torch.stack([*unread.values()]).tolist(), strict=True):
         if not loss < EXPLODED:  # which NaN is not either
@@ -320,9 +325,9 @@ def _lost(state: TrainState, folder: Path | str | None) -> str:
 
 @contextlib.contextmanager
 def _stop_between_steps(state: TrainState):
-    """While inside, Ctrl-C and SIGTERM set `state.stopped` and cut no step in half.
+    """Let Ctrl-C and SIGTERM set `state.stopped` instead of interrupting a step.
 
-    A second one does what it always does.
+    A second signal has its usual effect.
     """
     # signals belong to the main thread
     if threading.current_thread() is not threading.main_thread():

@@ -1,12 +1,13 @@
-"""Where and how a lesson runs: device, seed, fast mode, folders.
+"""Where and how a lesson runs: device, random seed, fast mode, folders.
 
-The only module that reads environment variables.
+This is the only module that reads the `DDPM_…` environment variables.
 
-In a checkout of the repository, `outputs/`, `checkpoints/` and `data/` lie at its root. Outside one
-(the package was installed as a wheel), the first two lie in the working directory of the time of
-import, and data in the user's cache. `DDPM_OUTPUT_DIR`, `DDPM_CHECKPOINT_DIR` and `DDPM_DATA_DIR`
-name other folders. A relative path in them counts from the same root, not from the current
-directory: Jupyter starts each notebook in the folder that the notebook lies in.
+In a checkout of the repository, `outputs/`, `checkpoints/` and `data/` are at its root. Outside a
+checkout (the package was installed as a wheel), the first two are in the directory that was current
+at the time of import, and the data are in the user's cache. `DDPM_OUTPUT_DIR`,
+`DDPM_CHECKPOINT_DIR` and `DDPM_DATA_DIR` name other folders. A relative path in them is relative to
+the same root and not to the current directory, because Jupyter starts each notebook in the folder
+that contains the notebook.
 """
 
 import contextlib
@@ -31,24 +32,26 @@ def _is_on(variable: str) -> bool:
 
 
 def is_fast() -> bool:
-    """True when `DDPM_FAST=1`: everything runs, on sizes that finish in seconds and with images
-    that mean nothing.
+    """Return True if fast mode is on (`DDPM_FAST=1`).
+
+    In fast mode everything runs, but on sizes that finish in seconds; the images mean nothing.
     """
     return _is_on("DDPM_FAST")
 
 
 def shrink(full, fast):
-    """`full`, or `fast` in fast mode.
+    """Return `full`, or `fast` in fast mode.
 
-    Lessons shrink their counts with this; networks shrink in `config.for_this_run`.
+    Lessons shrink their counts with this function; networks are shrunk by `config.for_this_run`.
     """
     return fast if is_fast() else full
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device called `name`, or the best one here: an NVIDIA or AMD GPU, an Apple GPU, the CPU.
+    """Return the device called `name`, or the best device of this machine.
 
-    Raises ValueError if `name` is no device that this machine has.
+    The order is: an NVIDIA or AMD GPU, an Apple GPU, the CPU. Raises ValueError if this machine has
+    no device `name`.
     """
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     here = (
@@ -68,8 +71,9 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def seed_everything(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Seed Python, NumPy and PyTorch, and return a generator on `device` with the same seed for
-    draws that must repeat.
+    """Seed Python, NumPy and PyTorch, and return a generator on `device` with the same seed.
+
+    Use the generator for draws that must be repeatable.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 — for libraries that draw from the global generator
@@ -78,12 +82,11 @@ def seed_everything(seed: int, device: torch.device | str = "cpu") -> torch.Gene
 
 
 def autocast(device: torch.device | str):
-    """bfloat16 autocast where the hardware multiplies it faster than float32, else nothing.
+    """Return a context for bfloat16 autocast, or an empty one where that is not faster.
 
-    `DDPM_FLOAT32=1` turns it off.
-
-    That is NVIDIA from compute capability 8 on, and CPUs with AVX512-BF16 or AMX (Zen 4, Sapphire
-    Rapids and newer).
+    Hardware that multiplies bfloat16 faster than float32 is: NVIDIA GPUs from compute capability 8
+    on, and CPUs with AVX512-BF16 or AMX (Zen 4, Sapphire Rapids and newer). `DDPM_FLOAT32=1` turns
+    autocast off.
     """
     device = torch.device(device)
     if _is_on("DDPM_FLOAT32"):
@@ -98,7 +101,7 @@ def autocast(device: torch.device | str):
 
 
 def capability(device: torch.device | str) -> tuple[int, int] | None:
-    """The compute capability of an NVIDIA GPU, such as (7, 5) for a T4; None on other devices."""
+    """Return the compute capability of an NVIDIA GPU, such as (7, 5) for a T4, else None."""
     device = torch.device(device)
     return (
         torch.cuda.get_device_capability(device)
@@ -108,11 +111,11 @@ def capability(device: torch.device | str) -> tuple[int, int] | None:
 
 
 def place(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Module:
-    """Move `model` to `device`, its convolutions in the memory layout that is fast there.
+    """Move `model` to `device`, with its convolutions in the memory layout that is fast there.
 
-    channels_last on a CPU, and on an NVIDIA GPU that trains in bfloat16, whose tensor cores want
-    it. Elsewhere the default layout: on Apple's GPUs, wrong gradients with channels_last have been
-    reported.
+    The layout is channels_last on a CPU, and on an NVIDIA GPU that trains in bfloat16, because its
+    tensor cores prefer it. It is the default layout on all other devices: wrong gradients with
+    channels_last have been reported on Apple's GPUs.
     """
     device = torch.device(device)
     last = device.type == "cpu" or (capability(device) or (0, 0)) >= (8, 0)
@@ -124,7 +127,7 @@ def _cpu_features() -> dict:
 
 
 def _named_folder(variable: str) -> Path | None:
-    """The folder that an environment variable names, or None if it is not set."""
+    """Return the folder that an environment variable names, or None if it is not set."""
     value = os.environ.get(variable, "")
     try:
         return ROOT / Path(value).expanduser() if value else None
@@ -135,14 +138,14 @@ def _named_folder(variable: str) -> Path | None:
 
 
 def data_dir_override() -> Path | None:
-    """The folder named by `DDPM_DATA_DIR`, or None."""
+    """Return the folder named by `DDPM_DATA_DIR`, or None."""
     return _named_folder("DDPM_DATA_DIR")
 
 
 def data_dir() -> Path:
-    """The folder for downloaded data: `data/` in a checkout, else the user's cache.
+    """Return the folder for downloaded data: `data/` in a checkout, else the user's cache.
 
-    Not created here.
+    The folder is not created here.
     """
     if IN_CHECKOUT:
         return ROOT / "data"
@@ -152,24 +155,23 @@ def data_dir() -> Path:
 
 
 def output_path(*parts: str) -> Path:
-    """`outputs/` (or the folder named by `DDPM_OUTPUT_DIR`) with `parts` below it.
+    """Return `outputs/` (or the folder in `DDPM_OUTPUT_DIR`) with `parts` below it.
 
-    Not created here.
+    The folder is not created here.
     """
     return (_named_folder("DDPM_OUTPUT_DIR") or ROOT / "outputs").joinpath(*parts)
 
 
 def output_dir(*parts: str) -> Path:
-    """The same folder as `output_path`, created. Raises OSError as `make_folder` does."""
+    """Create the folder of `output_path` and return it. Raises OSError as `make_folder` does."""
     return make_folder(output_path(*parts))
 
 
 def checkpoint_dir(*parts: str) -> Path:
-    """`checkpoints/` (or the folder named by `DDPM_CHECKPOINT_DIR`) with `parts` below it.
+    """Return `checkpoints/` (or the folder in `DDPM_CHECKPOINT_DIR`) with `parts` below it.
 
-    Not created here.
-
-    In fast mode a folder `fast` comes in between, since weights of that mode are of no use.
+    The folder is not created here. In fast mode, the folder `fast` comes before `parts`, because
+    weights trained in that mode are of no use.
     """
     return _checkpoint_base().joinpath(*(["fast"] if is_fast() else []), *parts)
 
@@ -179,10 +181,9 @@ def _checkpoint_base() -> Path:
 
 
 def make_folder(folder: Path | str) -> Path:
-    """Create `folder` with its parents, and see that a file can be written into it.
+    """Create `folder` with its parents, check that a file can be written to it, and return it.
 
-    Raises the OSError that the system raised, with a message that names the folder, the reason and
-    what to do.
+    Raises the system's OSError with a message that names the folder, the reason and what to do.
     """
     folder = Path(folder)
     try:
@@ -194,9 +195,9 @@ def make_folder(folder: Path | str) -> Path:
 
 
 def check_folder(folder: Path | str) -> None:
-    """See that `folder`, or the nearest parent that exists, can be written to.
+    """Check that `folder`, or its nearest existing parent, can be written to.
 
-    Leaves nothing behind; raises as `make_folder`.
+    Leaves no file behind. Raises OSError as `make_folder` does.
     """
     folder = Path(folder)
     try:
@@ -208,7 +209,11 @@ def check_folder(folder: Path | str) -> None:
 
 
 def _write_one_byte(folder: Path) -> None:
-    """Permission bits do not tell of read-only file systems or full disks, so try it."""
+    """Raise OSError unless a file can be written to `folder`.
+
+    It tries to write one, because permission bits do not show a read-only file system or a full
+    disk.
+    """
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         file.write(b"x")
 
@@ -231,9 +236,9 @@ def _cannot_write(folder: Path, error: OSError) -> OSError:
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes free on `device`.
+    """Return the number of free bytes on `device`.
 
-    Only Linux tells how much main memory is free; elsewhere 4 GiB are assumed.
+    Only Linux reports how much main memory is free; elsewhere, 4 GiB are assumed.
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -245,9 +250,10 @@ def free_memory(device: torch.device | str = "cpu") -> int:
 
 @contextlib.contextmanager
 def whole_file(path: Path):
-    """A binary file to write to, which takes the place of `path` at the end of the block.
+    """Yield a binary file that replaces `path` at the end of the `with` block.
 
-    So `path` is never half a file. If the block raises, what was there before stays.
+    So `path` never holds an incomplete file. If the block raises an exception, an earlier file at
+    `path` is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -262,10 +268,10 @@ def whole_file(path: Path):
 
 
 def short_path(path: Path | str) -> str:
-    """`path` in a form that is fit to print in a shared notebook.
+    """Return `path` in a form that can be printed in a shared notebook.
 
-    That is relative to the root where it lies inside it, from `~` in an installed copy's cache,
-    else its last two parts.
+    The path is relative to the root if it lies inside it, and starts with `~` in the cache of an
+    installed copy. Otherwise only its last two parts are returned.
     """
     path = Path(path).absolute()
     # `data/` may be a link to another disk
@@ -278,7 +284,7 @@ def short_path(path: Path | str) -> str:
 
 
 def hardware(device: torch.device | str) -> str:
-    """The hardware in a few words, such as `CPU, 2 cores` or `NVIDIA T4`."""
+    """Return the hardware in a few words, such as `CPU, 2 threads` or `NVIDIA T4`."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -296,8 +302,9 @@ _BEFORE_CELL: dict[str, dict] = {}
 
 
 def _random_states(names: dict) -> dict:
-    """The states of the global generators, and of every `torch.Generator` among a notebook's
-    `names`.
+    """Return the states of all random generators of a notebook.
+
+    These are the global generators, and every `torch.Generator` among the notebook's `names`.
     """
     return {
         "python": random.getstate(),
@@ -327,8 +334,9 @@ def _set_random_states(states: dict, names: dict) -> None:
 
 
 def _before_cell(info) -> None:
-    """Give a cell that runs again the random states of its first time, so that it draws the same
-    numbers.
+    """Give a cell that runs again the random states of its first run.
+
+    The cell then draws the same numbers.
     """
     names = sys.modules["IPython"].get_ipython().user_ns
     if info.raw_cell in _BEFORE_CELL:
@@ -338,10 +346,10 @@ def _before_cell(info) -> None:
 
 
 def start(seed: int, device: str | None = None) -> tuple[torch.device, torch.Generator]:
-    """First call of a lesson: pick the device, seed everything, say both in one line, and warn if
-    fast mode is on.
+    """Pick the device, seed everything, and print both: the first call of a lesson.
 
-    From here on, a notebook cell that is run again draws the same random numbers as the first time.
+    Returns the device and a generator on it. Prints a warning if fast mode is on. From here on, a
+    notebook cell that is run again draws the same random numbers as the first time.
     """
     chosen = pick_device(device)
     rng = seed_everything(seed, chosen)

@@ -1,8 +1,7 @@
-"""Checks of the values in a lesson's config cell, made where they are set.
+"""Checks of the values in a lesson's config cell, called in that cell.
 
-Each raises ValueError on a bad value.
-
-The message names the setting and its value, says what was expected, and gives a value to try.
+Each check raises ValueError on a bad value. The message names the setting and its value, says what
+was expected, and gives a value to try.
 """
 
 import math
@@ -11,7 +10,7 @@ from numbers import Integral, Real
 
 
 def one_of(name: str, value, options: Iterable) -> None:
-    """`value` is one of `options`, of the same type: 1 is not True."""
+    """Raise ValueError unless `value` is one of `options`, of the same type (1 is not True)."""
     options = tuple(options)
     if not any(type(option) is type(value) and option == value for option in options):
         choices = ", ".join(map(repr, options))
@@ -21,10 +20,10 @@ def one_of(name: str, value, options: Iterable) -> None:
 def within(
     name: str, value, low: Real, high: Real, multiple_of: int = 1, or_none: bool = False
 ) -> None:
-    """`value` is a number in `low` … `high`, a whole one if `low` is; with `or_none` it may be
-    None.
+    """Raise ValueError unless `value` is a number in `low` … `high`.
 
-    A whole number must be a multiple of `multiple_of` as well. Text, bools and NaN are no numbers.
+    If `low` is a whole number, `value` must be a whole number and a multiple of `multiple_of`. With
+    `or_none`, it may be None. Text, bools and NaN do not count as numbers.
     """
     if or_none and value is None:
         return
@@ -46,8 +45,9 @@ def within(
 
 
 def widths(name: str, value, least: int, most: int, or_none: bool = False) -> None:
-    """`value` is a tuple of `least` … `most` whole numbers, each a positive multiple of 4; with
-    `or_none` it may be None.
+    """Raise ValueError unless `value` is a tuple of `least` … `most` whole numbers.
+
+    Each must be a positive multiple of 4. With `or_none`, `value` may be None.
     """
     if or_none and value is None:
         return
@@ -62,13 +62,13 @@ def widths(name: str, value, least: int, most: int, or_none: bool = False) -> No
 
 
 def _clamp(value, low: Real, high: Real) -> Real:
-    """The number in `low` … `high` that is nearest to `value`; `low` if `value` is no number."""
+    """Return the number in `low` … `high` nearest to `value`, or `low` if `value` is no number."""
     is_number = isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
     return min(max(value, low), high) if is_number else low
 
 
 def _nearest(value, low: int, high: int, multiple_of: int) -> list[int]:
-    """The multiples in `low` … `high` next to `value`, on both sides of it where both exist."""
+    """Return the multiples in `low` … `high` next to `value`, on both sides where both exist."""
     steps = _clamp(value, low, high) / multiple_of
     lowest, highest = -(-low // multiple_of), high // multiple_of
     return sorted(

@@ -1,3 +1,4 @@
-"""The commands behind `python -m ddpm_utils`: each module holds one, and loads what is heavy only
-when it is run.
+"""The commands behind `python -m ddpm_utils`, each in a module of its own.
+
+A command's module, and the heavy imports in it, are loaded only when the command runs.
 """

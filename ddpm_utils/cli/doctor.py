@@ -1,4 +1,4 @@
-"""`doctor` says what is installed, what runs here, and what to do about the rest."""
+"""`doctor`: say what is installed, what runs here, and what to do about the rest."""
 
 import importlib.metadata
 import platform
@@ -6,7 +6,7 @@ import sys
 
 from packaging.requirements import Requirement
 
-LFS = b"version https://git-lfs"  # how the stand-in for a file begins that Git LFS has not fetched
+LFS = b"version https://git-lfs"  # how a Git LFS pointer file begins
 # What a lesson imports. Kept equal to requirements.txt by a test; JupyterLab is left to those who
 # open lessons with it.
 FLOORS = (
@@ -26,7 +26,7 @@ FLOORS = (
 
 
 def check_packages() -> list[str]:
-    """Print each package with its floor; return what is wrong."""
+    """Print each package with its minimum version, and return what is wrong."""
     problems = []
     for requirement in map(Requirement, FLOORS):
         try:
@@ -46,7 +46,7 @@ def check_packages() -> list[str]:
 
 
 def check_pair() -> list[str]:
-    """What is wrong between torch and torchvision, which must come from one index as a pair."""
+    """Return what is wrong between torch and torchvision, which must come from one index."""
     cure = "install both from one index: pip install --upgrade --force-reinstall torch torchvision"
     try:
         torch_version = importlib.metadata.version("torch")
@@ -69,7 +69,7 @@ def check_pair() -> list[str]:
 
 
 def check_device() -> list[str]:
-    """Print the device that lessons would take."""
+    """Print the device that lessons would use."""
     from .. import runtime
 
     print(
@@ -80,7 +80,7 @@ def check_device() -> list[str]:
 
 
 def check_folders() -> list[str]:
-    """Print where outputs, checkpoints and data lie; return what is wrong with these folders.
+    """Print where outputs, checkpoints and data are, and return what is wrong with these folders.
 
     Creates none of them.
     """
@@ -103,8 +103,9 @@ def check_folders() -> list[str]:
 
 
 def check_data() -> list[str]:
-    """Print which data sets lie ready; a missing one is no problem, one that is there in part or
-    damaged is.
+    """Print which data sets are on disk, and return what is wrong with them.
+
+    A missing data set is not a problem; an incomplete or damaged one is.
     """
     from .. import data, runtime
 
@@ -143,7 +144,7 @@ def check_data() -> list[str]:
 
 
 def check_weights() -> list[str]:
-    """Print which weights come with the package; return what is wrong with their files."""
+    """Print which weights come with the package, and return what is wrong with their files."""
     from .. import pretrained
 
     stems = sorted(
@@ -158,7 +159,7 @@ def check_weights() -> list[str]:
 
 
 def _check_weight(stem: str) -> list[str]:
-    """What is wrong with one network's weights or their card."""
+    """Return what is wrong with one network's weights or their card."""
     from .. import pretrained
 
     again = "take it from the repository again"
@@ -182,9 +183,9 @@ def _check_weight(stem: str) -> list[str]:
 
 
 def run(options=None) -> int:
-    """Print the report; 0 if every lesson can run here, else 1.
+    """Print the report, and return 0 if every lesson can run here, else 1.
 
-    It works where torch itself is missing.
+    It works even if torch is missing.
     """
     print(f"Python {platform.python_version()} on {platform.system()}")
     problems = (
@@ -204,7 +205,7 @@ def run(options=None) -> int:
         print(name)
         try:
             problems += check()
-        except Exception as error:  # one line for each, and on to the next
+        except Exception as error:  # report it in one line and continue
             problems.append(f"{type(error).__name__}: {error}")
     problems = list(dict.fromkeys(problems))  # several checks may fail for one reason
     print(

@@ -1,6 +1,4 @@
-"""Weights by whatever name, and images drawn from them: what `train`, `sample` and `evaluate`
-share.
-"""
+"""Loading weights and drawing images, as shared by `train`, `sample` and `evaluate`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +16,11 @@ BATCH = 256  # images drawn at once; part of what a seed means
 
 
 def load_weights(what: str, device) -> tuple[nn.Module, TrainConfig]:
-    """The averaged network in eval mode and its config: shipped weights by name, a run's folder
-    (its last.pt), a checkpoint.
+    """Return the averaged network in eval mode, and its config.
 
-    Raises FileNotFoundError that lists the names there are; ValueError on a damaged or foreign
-    file.
+    `what` is the name of shipped weights, a run's folder (its last.pt is read), or a checkpoint.
+    Raises FileNotFoundError that lists the available names, and ValueError on a file that is
+    damaged or was not written by this package.
     """
     if what in pretrained.names():
         return pretrained.load(what, device)
@@ -43,10 +41,10 @@ def load_weights(what: str, device) -> tuple[nn.Module, TrainConfig]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How images are drawn: `n` of them by `sampler`, "ddim" or "dpm" in `steps` network calls, or
-    "ddpm" in all T.
+    """The settings for drawing images.
 
-    `variance` is that of the sampler ddpm.
+    `n` images are drawn by `sampler`: "ddim" or "dpm" in `steps` network calls, or "ddpm" in all T.
+    `variance` belongs to the sampler "ddpm".
     """
 
     n: int
@@ -65,9 +63,10 @@ class Plan:
 def plan(
     cfg: TrainConfig, n: int, sampler: str = "ddim", steps: int | None = None, seed: int = 0
 ) -> Plan:
-    """A `Plan` that fits `cfg`.
+    """Return a `Plan` that fits `cfg`.
 
-    `steps`, if not given: 50 for ddim, 20 for dpm, T for ddpm. ValueError on what does not fit.
+    By default, `steps` is 50 for ddim, 20 for dpm and T for ddpm. Raises ValueError on settings
+    that do not fit.
     """
     every = cfg.timesteps
     if not 1 <= n <= 100_000:
@@ -87,7 +86,7 @@ def plan(
 
 
 def times_of(cfg: TrainConfig, how: Plan) -> list[int]:
-    """The timesteps at which the network is called, descending, and −1 for the finished image."""
+    """Return the timesteps of the network calls, descending, then −1 for the finished image."""
     spacing = "log_snr" if how.sampler == "dpm" else "uniform"
     return [*sampling.spaced_timesteps(make_schedule(**cfg.noise()), how.steps, spacing), -1]
 
@@ -95,10 +94,10 @@ def times_of(cfg: TrainConfig, how: Plan) -> list[int]:
 def draw(
     model: nn.Module, cfg: TrainConfig, how: Plan, device, wanted=()
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """The images (n, C, H, W) in model range on the CPU, and {t: x_t} of the first batch at the
-    wanted t.
+    """Return the drawn images, and the states x_t of the first batch at the times `wanted`.
 
-    A network with labels draws them in turn: 0, 1, 2, … and again.
+    The images are (n, C, H, W) in model range on the CPU; the states are {t: x_t}. A network with
+    labels draws them in turn: 0, 1, 2, … and again.
     """
     schedule = make_schedule(**cfg.noise()).to(device)
     denoise = Denoiser(model, schedule, cfg.target, how.clamp and cfg.data_range == "symmetric")

@@ -1,4 +1,7 @@
-"""`evaluate`: the metrics of trained weights. The table goes to stdout; all else goes to stderr."""
+"""`evaluate`: the metrics of trained weights.
+
+The table goes to stdout, and everything else goes to stderr.
+"""
 
 import contextlib
 import json
@@ -14,9 +17,10 @@ from . import drawing, flags
 
 
 def run(options: flags.Evaluate) -> int:
-    """Draw, measure, print.
+    """Draw images, measure them, and print the metrics.
 
-    Raises FileNotFoundError if the data set is not to be had, ValueError on an n it cannot give.
+    Raises FileNotFoundError if the data set is not available. Raises ValueError if the data set has
+    too few images for `n`, or if the weights draw a folder of images.
     """
     with contextlib.redirect_stdout(sys.stderr):
         device = runtime.pick_device(options.device)
@@ -59,8 +63,9 @@ def run(options: flags.Evaluate) -> int:
 
 
 def features_of(classifier: evaluation.Classifier, images: Tensor) -> Tensor:
-    """`evaluation.extract_features`, with a progress bar: the 60,000 of a training set take a CPU a
-    minute.
+    """Run `evaluation.extract_features` with a progress bar.
+
+    The 60,000 images of a training set take about a minute on a CPU.
     """
     parts = tqdm(images.split(2000), desc="features", disable=None)
     return torch.cat([evaluation.extract_features(classifier, part) for part in parts])

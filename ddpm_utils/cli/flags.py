@@ -1,8 +1,8 @@
-"""The command line's flags: those of `train` are the fields of `TrainConfig`, explained by the
-comments beside them.
+"""The flags of the command line.
 
-Tyro makes the parser of these classes: it takes comments as help, underscores as hyphens, and
-imports in a tenth of a second.
+The flags of `train` are the fields of `TrainConfig`, explained by the comments beside them. Tyro
+builds the parser from these classes: it uses comments as help texts, turns underscores into
+hyphens, and is imported in a tenth of a second.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ PROGRAM = "python -m ddpm_utils"
 
 
 def optional(kind, metavar: str, default: str):
-    """The type of a flag that may be left out; `default` says what happens then."""
+    """Return the type of a flag that may be left out; `default` says what happens then."""
     return Annotated[
         kind | None, tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
     ]
@@ -34,9 +34,9 @@ StepsFlag = optional(int, "INT", "50 for ddim, 20 for dpm, T for ddpm")
 
 @dataclass(frozen=True)
 class Fields(TrainConfig):
-    """Fields as they were typed.
+    """The fields as typed, without validation.
 
-    Whether they fit together is known once the recipe, or the run to resume, is.
+    Whether they fit together is known only once the recipe, or the run to resume, is known.
     """
 
     def __post_init__(self):
@@ -65,8 +65,10 @@ class Train:
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw images from trained weights: grid.png, strip.png (the first images on their way),
-    samples.gif, samples.json.
+    """Draw images from trained weights.
+
+    Writes grid.png, strip.png (the first images at several timesteps), samples.gif and
+    samples.json.
     """
 
     # name of shipped weights, a run's folder or a checkpoint
@@ -87,8 +89,8 @@ class Sample:
 class Evaluate:
     """Measure images drawn from trained weights against real ones.
 
-    Every distance stands beside its floor: what real test images get at the same n. The table goes
-    to stdout, all else to stderr.
+    Every distance is printed beside its floor, the distance of real test images at the same n. The
+    table goes to stdout, and everything else goes to stderr.
     """
 
     # name of shipped weights, a run's folder (its last.pt) or a checkpoint
@@ -110,13 +112,13 @@ COMMANDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "doctor": Do
 
 
 def parse(words: list[str] | None = None) -> Train | Sample | Evaluate | Doctor:
-    """Read the command line (`sys.argv` if None).
+    """Parse the command line (`sys.argv` if None).
 
-    Exits with 0 after --help, with 2 after a message on stderr.
+    Exits with 0 after --help, and with 2 after a message on stderr.
     """
     words = sys.argv[1:] if words is None else words
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
-    if not words or words[0] not in COMMANDS:  # which ends in help or in an error
+    if not words or words[0] not in COMMANDS:  # prints help or an error
         about = "Train, sample and measure diffusion models from a shell."
         return tyro.cli(
             Train | Sample | Evaluate | Doctor,

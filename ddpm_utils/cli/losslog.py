@@ -1,5 +1,6 @@
-"""`loss.csv`: a row a step, appended as the run goes, cut back to the checkpoint when it is
-resumed.
+"""`loss.csv`: one row per step.
+
+Rows are appended during the run. When a run is resumed, the file is cut back to the checkpoint.
 """
 
 import re
@@ -13,11 +14,11 @@ COLUMNS = ("step", "loss", "lr", "images_per_second", "held_out")
 
 
 class LossLog:
-    """Appends rows to the file at `path`, of which those up to `step` are kept: no step twice, no
-    torn row.
+    """Appends rows to the file at `path`, of which the rows up to `step` are kept.
 
-    A row that cannot be written, since the disk is full, is a warning; it is kept and tried again
-    with the next. A process that is killed between a checkpoint and its row leaves that row out.
+    So no step appears twice, and no row is incomplete. If a row cannot be written because the disk
+    is full, a warning is issued, and the row is kept and tried again with the next one. If a
+    process is killed between a checkpoint and its row, that row is missing.
     """
 
     def __init__(self, path: Path, step: int = 0):
@@ -26,10 +27,10 @@ class LossLog:
         content = "".join([",".join(COLUMNS) + "\n", *kept]).encode()
         with runtime.whole_file(path) as file:
             file.write(content)
-        self.size = len(content)  # of what is known to be whole
+        self.size = len(content)  # of the part that is known to be complete
 
     def add(self, records) -> None:
-        """Write a row for each StepRecord. Nine digits bring a float32 back to its last bit."""
+        """Write a row for each StepRecord; nine digits restore a float32 exactly."""
         for r, loss in zip(records, losses(records), strict=True):
             held_out = "" if r.held_out is None else f"{r.held_out:.9g}"
             self.waiting.append(
@@ -38,7 +39,7 @@ class LossLog:
         content = "".join(self.waiting).encode()
         try:
             with open(self.path, "r+b") as file:
-                # over what a write that failed has left: it began with the same rows
+                # overwrite what a failed write has left: it began with the same rows
                 file.seek(self.size)
                 file.write(content)
         except OSError as error:
@@ -50,9 +51,10 @@ class LossLog:
 
 
 def whole_rows(path: Path) -> list[str]:
-    """The rows of the file at `path`, line ends and all; none if there is no file.
+    """Return the complete rows of the file at `path`, with their line ends.
 
-    What a kill has torn is left out.
+    The list is empty if there is no file. A row that is incomplete because the process was killed
+    is left out.
     """
     text = path.read_text(errors="replace") if path.is_file() else ""
     return re.findall(rf"^\d+(?:,[^,\n]*){{{len(COLUMNS) - 1}}}\n", text, re.MULTILINE)

@@ -1,5 +1,6 @@
-"""`sample`: images from trained weights, as a grid, as a strip that shows how they come about, and
-as a GIF.
+"""`sample`: images from trained weights, as a grid, a strip and a GIF.
+
+The strip shows how the images emerge from noise.
 """
 
 import dataclasses
@@ -25,9 +26,10 @@ FRAMES, FILMED, MS = 60, 64, 80  # of the GIF: frames and images, at most; milli
 
 @dataclass(frozen=True)
 class Views:
-    """What is shown of the images.
+    """Which views of the images are written.
 
-    Strip and film are lists of times, −1 for the finished ones; an empty one: there is none.
+    `strip` and `film` are lists of times, with −1 for the finished images. An empty list means that
+    there is no such view.
     """
 
     columns: int | None  # of the grid; None: a square
@@ -39,7 +41,7 @@ class Views:
 
 
 def run(options: flags.Sample) -> int:
-    """Draw, and write the files.
+    """Draw images, and write the files.
 
     Raises FileNotFoundError and ValueError before anything is drawn or written.
     """
@@ -64,8 +66,10 @@ def run(options: flags.Sample) -> int:
 
 
 def name_of(weights: str) -> str:
-    """The name of shipped weights, of a run's folder, or of both a folder and the checkpoint in it,
-    such as `my_run-best`.
+    """Return a name for the weights.
+
+    It is the name of shipped weights, of a run's folder, or of both a folder and the checkpoint in
+    it, such as `my_run-best`.
     """
     path = Path(weights).resolve()
     return (
@@ -78,8 +82,9 @@ def name_of(weights: str) -> str:
 
 
 def free_folder(name: str, about: dict) -> Path:
-    """`outputs/samples/NAME`, or with a number behind it where files with another origin than
-    `about` are there already.
+    """Return `outputs/samples/NAME`, with a number added if that folder is taken.
+
+    A folder is taken if it exists, unless its samples.json says that its files come from `about`.
     """
     for number in itertools.count(1):
         folder = runtime.output_path("samples", name if number == 1 else f"{name}-{number}")
@@ -92,9 +97,9 @@ def free_folder(name: str, about: dict) -> Path:
 
 
 def default_run(name: str) -> str:
-    """Where `train --recipe name` leaves its run if no other flag is given.
+    """Return the folder of a run that `train --recipe name` made without other flags.
 
-    Raises FileNotFoundError if there is none.
+    Raises FileNotFoundError if there is no such run.
     """
     cfg = config.for_this_run(TrainConfig(**RECIPES[name].config))
     folder = runtime.output_dir("runs") / cfg.run_name()
@@ -108,7 +113,7 @@ def default_run(name: str) -> str:
 
 
 def usual(options: flags.Sample, cfg: TrainConfig) -> tuple[drawing.Plan, Views]:
-    """What `sample` draws without a recipe."""
+    """Return what `sample` draws without a recipe."""
     n = SAMPLES if options.n is None else options.n
     how = drawing.plan(cfg, n, options.sampler or "ddim", options.steps, options.seed)
     film = spread(drawing.times_of(cfg, how), FRAMES)
@@ -116,9 +121,9 @@ def usual(options: flags.Sample, cfg: TrainConfig) -> tuple[drawing.Plan, Views]
 
 
 def of_recipe(options: flags.Sample, cfg: TrainConfig) -> tuple[drawing.Plan, Views]:
-    """What the source of a recipe shows.
+    """Return what the source of a recipe shows.
 
-    Raises ValueError if another sampler or number of steps is asked for.
+    Raises ValueError if the flags name a sampler or a number of steps.
     """
     if options.sampler or options.steps:
         raise ValueError(
@@ -138,7 +143,7 @@ def of_recipe(options: flags.Sample, cfg: TrainConfig) -> tuple[drawing.Plan, Vi
 
 
 def spread(times: list[int], n: int) -> list[int]:
-    """At most n of `times`, evenly spread, the first and the last among them."""
+    """Return at most n of `times`, evenly spread, with the first and the last among them."""
     return [
         times[i]
         for i in torch.linspace(0, len(times) - 1, min(n, len(times))).round().long().tolist()
@@ -146,8 +151,10 @@ def spread(times: list[int], n: int) -> list[int]:
 
 
 def write(folder: Path, x: Tensor, states: dict[int, Tensor], views: Views) -> list[str]:
-    """`grid.png` of all images x, pixel by pixel; `strip.png`, `samples.gif` of states {t: (N, C,
-    H, W)}. Returns the names.
+    """Write the image files, and return their names.
+
+    `grid.png` shows all images x, pixel by pixel. `strip.png` and `samples.gif` show the states
+    {t: (N, C, H, W)}.
     """
     iio.imwrite(folder / "grid.png", plots.tile(x, views.columns))
     names = ["grid.png"]

@@ -1,5 +1,6 @@
-"""`train`: a run in a folder of its own, from its first step or from where it was stopped, in one
-process or under torchrun.
+"""`train`: a run in a folder of its own, from its first step or resumed.
+
+It runs in one process, or in several under torchrun.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from ..config import TrainConfig
 from . import drawing, flags
 from .losslog import LossLog
 
-# below the first, say so; the default run on Fashion-MNIST makes the second
+# fewer steps than the first print a hint; the default run on Fashion-MNIST makes the second
 FEW_STEPS, DEFAULT_STEPS = 500, 2812
 HELD_OUT = 512  # test images on which the loss is measured
 SAMPLES = 64  # images in samples.png
@@ -43,12 +44,12 @@ SAMPLES = 64  # images in samples.png
 def run(options: flags.Train) -> int:
     """Train, and fill the run's folder.
 
-    Returns 0, or 130 if the run was stopped; raises on bad input and failed runs.
+    Returns 0, or 130 if the run was stopped. Raises an exception on bad input and failed runs.
     """
     writer = summary_writer() if options.tensorboard else None
     with distributed.group(options.device) as device, contextlib.ExitStack() as stack:
         if distributed.rank() > 0:
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # once is enough
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # only process 0 prints
         cfg, folder, train_set, test_set = prepare(options, device)
         state = build(cfg, train_set, device)
         distributed.first_process_only(lambda: stack.enter_context(claim(folder, options.resume)))
@@ -77,10 +78,11 @@ def run(options: flags.Train) -> int:
 
 
 def prepare(options: flags.Train, device) -> tuple[TrainConfig, Path, data.ImageSet, data.ImageSet]:
-    """Config, folder, training and test images of the run that the flags ask for. Writes nothing.
+    """Return config, folder, training images and test images of the run that the flags describe.
 
-    Flags go before the recipe, that before presets, and a resumed run's own config before all: a
-    flag that contradicts it is refused.
+    Writes nothing to the run's folder. Flags take precedence over the recipe, and the recipe over
+    presets. A resumed run's own config takes precedence over all: a flag that contradicts it raises
+    ValueError.
     """
     chosen, resumed = dict(options.given), options.resume and options.out is not None
     if options.recipe:
@@ -90,9 +92,9 @@ def prepare(options: flags.Train, device) -> tuple[TrainConfig, Path, data.Image
         and chosen["dataset"] not in config.DATASETS
         and TrainConfig(**chosen).folder
     ):
-        # Stored as what it means here, so that a run can be resumed from anywhere.
+        # Stored as an absolute path, so that a run can be resumed from anywhere.
         chosen["dataset"] = os.path.abspath(Path(chosen["dataset"]).expanduser())
-    # which has no preset: a recipe is the same on all hardware
+    # a recipe has no preset: it is the same on all hardware
     preset_of = "cpu" if options.recipe else device
     if options.out is not None and not options.resume:
         refuse_taken(options.out)
@@ -108,7 +110,7 @@ def prepare(options: flags.Train, device) -> tuple[TrainConfig, Path, data.Image
         raise FileNotFoundError(
             f"{options.out} learns from {title}, which is neither on disk nor to be downloaded"
         )
-    if not resumed:  # now that it is known what there is, and how much
+    if not resumed:  # now the data set and its size are known
         cfg = planned_config(chosen, found, preset_of, len(train_set))
     folder = options.out or runtime.output_dir("runs") / cfg.run_name()
     if cfg.folder and folder.resolve() == cfg.folder.resolve():
@@ -135,21 +137,21 @@ def planned_config(
     device,
     n_images: int = config.FULL_SET,
 ) -> TrainConfig:
-    """The fields `chosen` on top of what suits device and number of images, shrunk in fast mode.
+    """Return the fields `chosen` on top of a preset, shrunk in fast mode.
 
-    ValueError on a bad field.
+    The preset suits the device and the number of images. Raises ValueError on a bad field.
     """
     preset = config.preset_for(torch.device(device).type, n_images, runtime.capability(device))
     return config.for_this_run(TrainConfig(**(preset | chosen | {"dataset": dataset})))
 
 
 def resume_command(folder: Path) -> str:
-    """What to type to go on with the run in `folder`."""
+    """Return the command that resumes the run in `folder`."""
     return f"{flags.PROGRAM} train --resume --out {shlex.quote(str(folder))}"
 
 
 def refuse_taken(folder: Path) -> None:
-    """Raise ValueError if `folder` holds a run, which a new one would overwrite."""
+    """Raise ValueError if `folder` holds a run, which a new run would overwrite."""
     if (folder / "last.pt").exists():
         raise ValueError(
             f"{folder} holds a run already. To go on with it: {resume_command(folder)}; or choose "
@@ -158,10 +160,11 @@ def refuse_taken(folder: Path) -> None:
 
 
 def saved_config(folder: Path) -> TrainConfig:
-    """The config of the run in `folder`, from last.pt, or from config.json if the run had not come
-    so far.
+    """Return the config of the run in `folder`.
 
-    Raises FileNotFoundError if there is no run, ValueError if a file is damaged or the two differ.
+    It is the content of config.json, or the config in last.pt if there is no config.json. Raises
+    FileNotFoundError if both files are missing, and ValueError if one is damaged or if the two
+    contradict each other.
     """
     last, written = folder / "last.pt", folder / "config.json"
     if not last.is_file() and not written.is_file():
@@ -188,9 +191,9 @@ def saved_config(folder: Path) -> TrainConfig:
 
 
 def from_json(values, path: Path) -> TrainConfig:
-    """The config in the JSON file at `path`, whose content is `values`.
+    """Return the config in the JSON file at `path`, whose content is `values`.
 
-    Raises ValueError that names the file.
+    Raises ValueError that names the file if `values` is not the config of a run.
     """
     try:
         if not isinstance(values, dict):
@@ -201,10 +204,10 @@ def from_json(values, path: Path) -> TrainConfig:
 
 
 def resumed_config(cfg: TrainConfig, chosen: dict, folder: Path) -> TrainConfig:
-    """The config `cfg` of the run in `folder`, with the flags that may change: `epochs`, and where
-    the images lie.
+    """Return the config `cfg` of the run in `folder`, with the flags that may change.
 
-    Raises ValueError if another flag asks for another value than the run has.
+    These are `epochs` and the location of the images. Raises ValueError if another flag has a value
+    that differs from the run's.
     """
     wanted = config.for_this_run(cfg.replace(**chosen))
     differing = [text for text in wanted.contradictions(cfg) if text.split(":")[0] in chosen]
@@ -219,9 +222,9 @@ def resumed_config(cfg: TrainConfig, chosen: dict, folder: Path) -> TrainConfig:
 
 
 def load(cfg: TrainConfig, device) -> tuple[data.ImageSet, data.ImageSet]:
-    """Training and test images.
+    """Return the training and test images.
 
-    On each machine one process goes first, so that no two download into the same folder.
+    On each machine, one process goes first, so that no two download into the same folder.
     """
     first = not distributed.world() > 1 or dist.get_node_local_rank(0) == 0
     form, bar = (
@@ -248,9 +251,10 @@ def load(cfg: TrainConfig, device) -> tuple[data.ImageSet, data.ImageSet]:
 
 @contextlib.contextmanager
 def claim(folder: Path, resume: bool):
-    """Inside, no other process writes to `folder`.
+    """Keep all other processes from writing to `folder` inside the `with` block.
 
-    Raises ValueError if one does, or if a run is there and `resume` is False.
+    Raises ValueError if another process uses the folder, or if it holds a run and `resume` is
+    False.
     """
     with checkpoints.claim(folder):
         if not resume:
@@ -259,10 +263,13 @@ def claim(folder: Path, resume: bool):
 
 
 def build(cfg: TrainConfig, train_set: data.ImageSet, device) -> training.TrainState:
-    """The state before the first step. Raises ValueError if network and images do not fit."""
+    """Return the state before the first step.
+
+    Raises ValueError if network and images do not fit.
+    """
     runtime.seed_everything(cfg.seed)
     state = training.TrainState(cfg, pretrained.build(cfg), device)
-    # an image of the wrong size or color is told before anything is written
+    # fail on a wrong size or number of channels before anything is written
     with torch.no_grad():
         x = torch.zeros(1, *train_set.images.shape[1:], device=device)
         y = torch.zeros(1, dtype=torch.long, device=device) if cfg.num_classes else None
@@ -271,11 +278,10 @@ def build(cfg: TrainConfig, train_set: data.ImageSet, device) -> training.TrainS
 
 
 def begin(state: training.TrainState, folder: Path, train_set: data.ImageSet, resume: bool) -> None:
-    """Put `state` where the run in `folder` was, if it is resumed; write config.json; say what is
-    going to happen.
+    """Load the checkpoint of a resumed run, write config.json, and print what will happen.
 
-    Raises ValueError if the run has made more steps than its config, or the flag --epochs, asks
-    for.
+    `state` is changed to the state of the run in `folder` if the run is resumed. Raises ValueError
+    if the run has made more steps than its config, or the flag --epochs, specifies.
     """
     cfg = state.cfg
     if resume and (folder / "last.pt").is_file():
@@ -319,9 +325,9 @@ def begin(state: training.TrainState, folder: Path, train_set: data.ImageSet, re
 def run_loop(
     state: training.TrainState, folder: Path, images, held_out, labels, writer=None
 ) -> None:
-    """Train to the end or the stop, logging in process 0.
+    """Train to the end or until the run is stopped, logging in process 0.
 
-    If the last save fails, the state is saved elsewhere and it is said.
+    If the last save fails, the state is saved elsewhere, and the error message says where.
     """
     chief, first = distributed.rank() == 0, state.step
     total = state.cfg.steps(len(images))
@@ -372,7 +378,7 @@ def run_loop(
 
 
 def write_rows(fresh: list[runs.StepRecord], log: LossLog, board) -> None:
-    """Log the records in `fresh` and forget them."""
+    """Log the records in `fresh`, and clear the list."""
     log.add(fresh)
     for r, loss in zip(fresh, runs.losses(fresh), strict=True) if board else ():
         values = {
@@ -388,7 +394,11 @@ def write_rows(fresh: list[runs.StepRecord], log: LossLog, board) -> None:
 
 
 def save_elsewhere(state: training.TrainState, folder: Path, error: checkpoints.NotSaved) -> None:
-    """Raise NotSaved that says where the state is now, which `folder` did not take."""
+    """Save `state` to a temporary folder, and raise NotSaved that says where it is.
+
+    This is for a state that could not be saved to `folder`. If the temporary folder fails too,
+    NotSaved says so.
+    """
     try:
         path = checkpoints.save(Path(tempfile.mkdtemp(prefix="ddpm_run_")) / "last.pt", state)
     except OSError:
@@ -403,7 +413,7 @@ def save_elsewhere(state: training.TrainState, folder: Path, error: checkpoints.
 
 
 def summary_writer():
-    """TensorBoard's writer, or ValueError if TensorBoard is not installed."""
+    """Return TensorBoard's writer class; raise ValueError if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,6 +1,6 @@
-"""Checks for the readers' answers, one module a lesson.
+"""Checks for the readers' answers, one module per lesson.
 
-A check returns a Verdict: right, or what is wrong and why, in words.
+A check returns a Verdict, which says that the answer is right, or what is wrong and why.
 """
 
 import math
@@ -11,9 +11,10 @@ import torch
 
 @dataclass(frozen=True)
 class Verdict:
-    """passed: True, False, or None where nothing has been answered yet.
+    """The result of a check.
 
-    A cell that ends in one shows `words`.
+    passed: True, False, or None if there is no answer yet; words: the text that a notebook shows if
+    a cell ends in a Verdict.
     """
 
     passed: bool | None
@@ -24,41 +25,42 @@ class Verdict:
 
 
 def right(words: str) -> Verdict:
-    """The verdict on a right answer."""
+    """Return the verdict on a right answer."""
     return Verdict(True, words)
 
 
 def wrong(words: str) -> Verdict:
-    """The verdict on a wrong answer: `words` say what is wrong and why."""
+    """Return the verdict on a wrong answer; `words` say what is wrong and why."""
     return Verdict(False, words)
 
 
 def unanswered(
     words: str = "not answered yet: put your answer in the place of None and run the cell again",
 ) -> Verdict:
-    """The verdict where nothing has been answered yet."""
+    """Return the verdict if there is no answer yet."""
     return Verdict(None, words)
 
 
 def is_number(guess) -> bool:
-    """Whether a reader's guess is a finite number; True and False are none."""
+    """Return whether a reader's guess is a finite number; True and False are not numbers."""
     return not isinstance(guess, bool) and isinstance(guess, int | float) and math.isfinite(guess)
 
 
 def float64(value) -> torch.Tensor:
-    """A number, list or tensor as float64 on the CPU, since Apple's GPUs know no float64."""
+    """Return a number, list or tensor as float64 on the CPU, because Apple's GPUs lack float64."""
     value = value.detach().cpu() if isinstance(value, torch.Tensor) else value
     return torch.as_tensor(value, dtype=torch.float64)
 
 
 def attempt(answer, *arguments):
-    """(result of the reader's function, None), or (None, a verdict) where there is none to judge:
-    no answer yet, or an error.
+    """Call the reader's function and return (result, None), or (None, a verdict).
+
+    The verdict is returned if there is no answer yet, or if the function raises an error.
     """
     if answer is None:
         return None, unanswered()
     try:
         result = answer(*arguments)
-    except Exception as error:  # whatever a reader's function raises is news for the reader
+    except Exception as error:  # show the reader any error of the function
         return None, wrong(f"your function stopped with {type(error).__name__}: {error}")
     return result, unanswered() if result is None else None

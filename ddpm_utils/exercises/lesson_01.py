@@ -12,9 +12,9 @@ def _close(a: float, b: float) -> bool:
 
 
 def check_crossing(guess, schedule) -> Verdict:
-    """Is `guess` the first t at which noise outweighs the image, so SNR < 1?
+    """Check whether `guess` is the first t at which noise outweighs the image (SNR < 1).
 
-    Right within 5 % of the steps.
+    A guess within 5 % of the steps is right.
     """
     if guess is None:
         return unanswered()
@@ -49,8 +49,9 @@ def check_crossing(guess, schedule) -> Verdict:
 
 
 def check_even_betas(answer, timesteps: int, last_std: float) -> Verdict:
-    """Does answer(timesteps, last_std) return betas whose noise std rises evenly from last_std / T
-    to last_std?
+    """Check betas whose noise std rises evenly from last_std / T to last_std.
+
+    answer(timesteps, last_std) → betas.
     """
     betas, problem = attempt(answer, timesteps, last_std)
     if problem:
@@ -95,7 +96,10 @@ def check_even_betas(answer, timesteps: int, last_std: float) -> Verdict:
 
 
 def check_jump(answer, schedule) -> Verdict:
-    """Does answer(alpha_bars, s, t) return the factor and the variance of q(x_t | x_s), s < t?"""
+    """Check the factor and the variance of q(x_t | x_s), s < t.
+
+    answer(alpha_bars, s, t) → (factor, variance).
+    """
     alpha_bars, alphas = float64(schedule.alpha_bars), float64(schedule.alphas)
     steps = len(schedule)
     for s, t in ((steps // 10, steps // 4), (steps // 4, steps // 2)):
@@ -108,7 +112,7 @@ def check_jump(answer, schedule) -> Verdict:
                 "that is added"
             )
         factor, variance = (float(v) for v in got)
-        # the oracle walks: one alpha a step, from s + 1 to t
+        # the reference goes step by step: one alpha per step, from s + 1 to t
         kept = alphas[s + 1 : t + 1].prod().item()
         if _close(factor, math.sqrt(kept)) and _close(variance, 1 - kept):
             continue

@@ -9,9 +9,9 @@ from . import Verdict, attempt, is_number, right, unanswered, wrong
 
 
 def check_frozen(guess, timesteps: int, dim: int) -> Verdict:
-    """Is `guess` the number of dimensions that range over less than 0.1 in `timesteps` steps?
+    """Check how many dimensions range over less than 0.1 in `timesteps` steps.
 
-    One off is near enough.
+    A guess that is off by one is right.
     """
     if guess is None:
         return unanswered()
@@ -46,14 +46,14 @@ def check_frozen(guess, timesteps: int, dim: int) -> Verdict:
 
 
 def _frozen(timesteps: int, dim: int, sines_only: bool = False) -> int:
-    """Counted on the embedding itself, not by the formula that the lesson offers."""
+    """Count the frozen dimensions on the embedding itself, without the lesson's formula."""
     emb = sinusoidal_embedding(torch.arange(timesteps), dim)
     still = emb.amax(dim=0) - emb.amin(dim=0) < 0.1
     return int(still[: dim // 2].sum() if sines_only else still.sum())
 
 
 def check_table(answer) -> Verdict:
-    """Does answer(t, d) return the interleaved sinusoidal table with the right speeds?"""
+    """Check the interleaved sinusoidal table with the right speeds, answer(t, d)."""
     t, d = torch.tensor([0, 1, 7, 150, 999]), 20
     got, problem = attempt(answer, t, d)
     if problem:
@@ -108,12 +108,12 @@ def check_table(answer) -> Verdict:
 
 
 def _pairs(t, w):
-    """Sine and cosine of each speed side by side."""
+    """Return the sine and cosine of each speed side by side."""
     return torch.stack([(t[:, None] * w).sin(), (t[:, None] * w).cos()], dim=2).flatten(1)
 
 
 def check_distance(answer) -> Verdict:
-    """Does answer(k, d) return the distance of two embeddings that are k steps apart?"""
+    """Check answer(k, d), the distance of two embeddings that are k steps apart."""
     ratios = []
     for k, d in ((3, 16), (40, 64), (500, 128)):
         got, problem = attempt(answer, k, d)

@@ -1,5 +1,7 @@
-"""Checks for lesson 03: the parameters of a block, padding to a size that divides, what of a shift
-a normalization keeps.
+"""Checks for lesson 03: parameters, padding and normalization.
+
+The exercises are about the parameters of a block, padding to a size that is divisible, and the part
+of a shift that survives a normalization.
 """
 
 import torch
@@ -9,7 +11,7 @@ from . import Verdict, attempt, right, wrong
 
 
 def check_parameters(answer) -> Verdict:
-    """answer(c_in, c_out, time_dim) → the number of parameters of a ResBlock."""
+    """Check answer(c_in, c_out, time_dim), the number of parameters of a ResBlock."""
     for c_in, c_out, time_dim in ((64, 32, 128), (32, 32, 128), (16, 48, 20)):
         given, failed = attempt(answer, c_in, c_out, time_dim)
         if failed:
@@ -49,8 +51,9 @@ def _parameter_slip(off: int, c_in: int, c_out: int, time_dim: int) -> str:
 
 
 def check_padding(answer) -> Verdict:
-    """answer(x, divisor) → x with black pixels around it, its sides the
-    next multiples of divisor.
+    """Check answer(x, divisor), which is x with black pixels around it.
+
+    Its sides are the next multiples of divisor.
     """
     for height, width, divisor in ((30, 30, 4), (28, 28, 4), (29, 33, 8)):
         x = torch.linspace(-0.9, 0.9, 2 * height * width).view(2, 1, height, width)
@@ -105,8 +108,9 @@ def check_padding(answer) -> Verdict:
 
 
 def check_survivors(answer) -> Verdict:
-    """answer(channels, groups) → the share of a shift's variance that a GroupNorm after it leaves
-    standing.
+    """Check answer(channels, groups), the share of a shift that survives a GroupNorm after it.
+
+    It is a share of the variance of the shift.
     """
     for channels, groups in ((32, 8), (64, 8), (32, 32), (32, 1)):
         given, failed = attempt(answer, channels, groups)

@@ -1,4 +1,4 @@
-"""Checks for the exercises of lesson 04, training."""
+"""Checks for lesson 04: training."""
 
 import torch
 
@@ -6,8 +6,9 @@ from . import Verdict, attempt, float64, right, unanswered, wrong
 
 
 def check_share_of_start(guess) -> Verdict:
-    """The share of the random start in an average with decay 0.9999 after ten passes of 937
-    batches: 0.9999 ** 9370.
+    """Check the share of the random start in an average of the weights.
+
+    With decay 0.9999, after ten passes of 937 batches, it is 0.9999 ** 9370.
     """
     if guess is None:
         return unanswered()
@@ -43,7 +44,10 @@ def check_share_of_start(guess) -> Verdict:
 
 
 def check_v_from_eps(answer) -> Verdict:
-    """v from x_t, alpha_bar_t and eps, compared with its definition on random numbers."""
+    """Check answer(x_t, alpha_bar_t, eps), which is v.
+
+    It is compared with the definition of v on random numbers.
+    """
     rng = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 64, generator=rng, dtype=torch.float64)
     alpha_bar = torch.linspace(0.05, 0.95, 64, dtype=torch.float64)
@@ -87,7 +91,10 @@ def check_v_from_eps(answer) -> Verdict:
 
 
 def check_loss_of_zero(answer) -> Verdict:
-    """The expected v loss of a network that answers 0: alpha_bar + (1 − alpha_bar)·power."""
+    """Check the expected v loss of a network that answers 0.
+
+    answer(alpha_bar, power) → alpha_bar + (1 − alpha_bar)·power.
+    """
     alpha_bar, power = torch.linspace(0.0, 1.0, 11, dtype=torch.float64), 0.6
     value, problem = attempt(answer, alpha_bar, power)
     if problem:

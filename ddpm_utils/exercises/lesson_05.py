@@ -8,8 +8,9 @@ from . import Verdict, attempt, float64, is_number, right, unanswered, wrong
 
 
 def check_last_noise(guess) -> Verdict:
-    """Exercise 5.1: noise wrongly added at t = 0 with beta_0 = 1e-4, as a standard deviation in
-    gray levels of 0 … 255.
+    """Check exercise 5.1: the noise wrongly added at t = 0 with beta_0 = 1e-4.
+
+    The guess is its standard deviation in gray levels of 0 … 255.
     """
     if guess is None:
         return unanswered()
@@ -44,8 +45,9 @@ def check_last_noise(guess) -> Verdict:
 
 
 def check_log_mix(answer) -> Verdict:
-    """Exercise 5.2: answer(beta, beta_tilde, share) mixes the two variances evenly in the logarithm
-    (2102.09672, Eq. 15).
+    """Check exercise 5.2: a mix of the two variances that is even in the logarithm.
+
+    answer(beta, beta_tilde, share) → variances (2102.09672, Eq. 15).
     """
     beta = torch.tensor([0.02, 0.3, 0.9], dtype=torch.float64)
     beta_tilde = torch.tensor([0.015, 0.03, 0.001], dtype=torch.float64)
@@ -92,7 +94,9 @@ def check_log_mix(answer) -> Verdict:
 
 
 def check_v_mean(answer) -> Verdict:
-    """Exercise 5.3: answer(beta_t, alpha_t, alpha_bar_t, alpha_bar_prev) → (a, b) with posterior
+    """Check exercise 5.3: the posterior mean in terms of x_t and v.
+
+    answer(beta_t, alpha_t, alpha_bar_t, alpha_bar_prev) → (a, b), with posterior
     mean = a·x_t − b·v.
     """
     beta = torch.tensor([0.004, 0.05, 0.3], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Checks for lesson 06: few steps, and the way between two noises."""
+"""Checks for lesson 06: sampling in few steps, and the path between two noises."""
 
 import math
 
@@ -8,8 +8,9 @@ from . import Verdict, attempt, float64, is_number, right, unanswered, wrong
 
 
 def check_half_way(guess) -> Verdict:
-    """Exercise 6.1: the standard deviation half-way on the straight line between two independent
-    standard normal noises.
+    """Check exercise 6.1: the standard deviation halfway between two noises.
+
+    The path is a straight line between two independent standard normal noises.
     """
     if guess is None:
         return unanswered()
@@ -40,8 +41,9 @@ def check_half_way(guess) -> Verdict:
 
 
 def check_leading(answer) -> Verdict:
-    """Exercise 6.2: answer(timesteps, steps) lists the multiples of T // steps below T, falling,
-    `steps` of them.
+    """Check exercise 6.2: the multiples of T // steps below T in descending order.
+
+    answer(timesteps, steps) → a list of `steps` times.
     """
     cases = ((1000, 50), (1000, 20), (100, 7))
     for timesteps, steps in cases:
@@ -83,8 +85,9 @@ def check_leading(answer) -> Verdict:
 
 
 def check_coefficients(answer) -> Verdict:
-    """Exercise 6.3: answer(alpha_bar_t, alpha_bar_s) → (a, b) with the DDIM step x_s = a·x_t +
-    b·eps_hat.
+    """Check exercise 6.3: the coefficients of the DDIM step x_s = a·x_t + b·eps_hat.
+
+    answer(alpha_bar_t, alpha_bar_s) → (a, b).
     """
     now = torch.tensor([0.02, 0.3, 0.6], dtype=torch.float64)
     then = torch.tensor([0.1, 0.5, 0.99], dtype=torch.float64)

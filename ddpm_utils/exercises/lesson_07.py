@@ -6,7 +6,7 @@ from . import Verdict, attempt, float64, is_number, right, unanswered, wrong
 
 
 def check_convention(guess) -> Verdict:
-    """Exercise 7.1: the scale of `Guided` that is w = 0.3 in the convention of Ho and Salimans."""
+    """Check exercise 7.1: the scale of `Guided` that equals w = 0.3 in Ho and Salimans."""
     if guess is None:
         return unanswered()
     if not is_number(guess):
@@ -26,8 +26,9 @@ def check_convention(guess) -> Verdict:
 
 
 def check_interval(answer) -> Verdict:
-    """Exercise 7.2: guidance where low <= t < high, an image at a time; elsewhere the answer with
-    the label.
+    """Check exercise 7.2: guidance for each image where low <= t < high.
+
+    Elsewhere, the result is the answer with the label.
     """
     free, named = torch.randn(2, 5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     t, scale, low, high = torch.tensor([0, 100, 250, 400, 900]), 3.0, 100, 400
@@ -68,8 +69,9 @@ def check_interval(answer) -> Verdict:
 
 
 def check_log_odds(answer) -> Verdict:
-    """Exercise 7.3: ln p(+|x) − ln p(−|x) for N(−m, s²) and N(m, s²),
-    equally likely: 2·m·x / s².
+    """Check exercise 7.3: the log-odds ln p(+|x) − ln p(−|x).
+
+    For N(−m, s²) and N(m, s²), equally likely, they are 2·m·x / s².
     """
     x, m, s2 = torch.tensor([-1.0, 0.2, 0.7], dtype=torch.float64), 0.4, 0.09
     got, problem = attempt(answer, x, m, s2)

@@ -1,4 +1,4 @@
-"""Checks for lesson 08: distances between sets of features, and what chance does to them."""
+"""Checks for lesson 08: distances between sets of features, and the effect of chance on them."""
 
 import math
 
@@ -8,8 +8,9 @@ from . import Verdict, attempt, is_number, right, unanswered, wrong
 
 
 def check_distance(guess) -> Verdict:
-    """Exercise 8.1: Fréchet distance of N(0, 1) and N(0.5, 1.5²) in each of 96 independent
-    coordinates.
+    """Check exercise 8.1: the Fréchet distance of N(0, 1) and N(0.5, 1.5²).
+
+    The two differ in this way in each of 96 independent coordinates.
     """
     if guess is None:
         return unanswered()
@@ -51,8 +52,10 @@ def check_distance(guess) -> Verdict:
 
 
 def check_density(answer) -> Verdict:
-    """Exercise 8.2: answer(real, fake, k), the mean number of real points' balls that hold a fake,
-    over k (2002.09797, Eq. 4).
+    """Check exercise 8.2: the density of fake features (2002.09797, Eq. 4).
+
+    answer(real, fake, k) → the number of real points' balls that hold a fake, averaged over the
+    fakes and divided by k.
     """
     rng = torch.Generator().manual_seed(0)
     real = torch.randn(40, 3, generator=rng, dtype=torch.float64)
@@ -115,8 +118,9 @@ def check_density(answer) -> Verdict:
 
 
 def check_means_part(answer) -> Verdict:
-    """Exercise 8.3: answer(trace, n, m), the expected squared distance of the means of two sets
-    from one source.
+    """Check exercise 8.3: the expected squared distance of the means of two sets.
+
+    answer(trace, n, m) → the distance for n and m values from one source.
     """
     cases = [(3.0, 10, 20), (7.5, 50, 1000), (1.0, 4, 4)]
     values = []

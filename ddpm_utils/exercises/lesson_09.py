@@ -8,8 +8,9 @@ from . import Verdict, attempt, float64, is_number, right, unanswered, wrong
 
 
 def check_lead(guess) -> Verdict:
-    """Exercise 9.1: the mean of ln s₁ − ln s₂ for two images with |x₁ − x₂|² = 100 at a
-    signal-to-noise ratio of 0.1.
+    """Check exercise 9.1: the mean of ln s₁ − ln s₂ for two images.
+
+    Their squared distance |x₁ − x₂|² is 100, and the signal-to-noise ratio is 0.1.
     """
     if guess is None:
         return unanswered()
@@ -38,8 +39,9 @@ def check_lead(guess) -> Verdict:
 
 
 def check_score(answer) -> Verdict:
-    """Exercise 9.2: answer(x_t, x0_hat, alpha_bar_t) is the gradient of ln q(x_t) (Tweedie's
-    formula).
+    """Check exercise 9.2: the gradient of ln q(x_t) (Tweedie's formula).
+
+    answer(x_t, x0_hat, alpha_bar_t) → the gradient.
     """
     x_t = torch.tensor([0.7, -0.2, 1.5], dtype=torch.float64, requires_grad=True)
     a, mean, value = torch.tensor(0.6, dtype=torch.float64), 0.3, 0.2
@@ -80,8 +82,9 @@ def check_score(answer) -> Verdict:
 
 
 def check_factor(answer) -> Verdict:
-    """Exercise 9.3: answer(alpha_bar_t, alpha_bar_s, value) is what a noiseless DDIM step
-    multiplies x_t by for N(0, value).
+    """Check exercise 9.3: the factor by which a noiseless DDIM step multiplies x_t for N(0, value).
+
+    answer(alpha_bar_t, alpha_bar_s, value) → the factor.
     """
     now, then = (torch.tensor(v, dtype=torch.float64) for v in ([0.02, 0.3, 0.6], [0.1, 0.5, 0.99]))
     value = 0.25

@@ -1,5 +1,7 @@
-"""Checks for lesson 12: the periods a cut table knows, the reach of a stack of convolutions, and
-the work of attention.
+"""Checks for lesson 12: periods, receptive fields and attention.
+
+The exercises are about the periods in a truncated table, how many pixels a stack of convolutions
+sees, and the operations of attention.
 """
 
 import math
@@ -8,8 +10,9 @@ from . import Verdict, attempt, is_number, right, wrong
 
 
 def check_period(answer) -> Verdict:
-    """Exercise 12.1: answer(columns) → the longest period, in steps, among the first columns of a
-    table of 512.
+    """Check exercise 12.1: the longest period, in steps, in a truncated table.
+
+    answer(columns) → the period among the first columns of a table of 512.
     """
     for columns in (64, 128, 256, 512):
         given, failed = attempt(answer, columns)
@@ -65,8 +68,9 @@ def _period_slip(given: float, true: float, columns: int) -> str:
 
 
 def check_reach(answer) -> Verdict:
-    """Exercise 12.2: answer(layers) → how many pixels a side one output sees through layers of
-    (kernel, stride).
+    """Check exercise 12.2: how many pixels per side one output sees.
+
+    answer(layers) → the number of pixels, for layers of (kernel, stride).
     """
     stacks = (
         [(3, 1)],
@@ -122,8 +126,9 @@ def _reach_slip(given: float, layers, true: int) -> str:
 
 
 def check_attention(answer) -> Verdict:
-    """Exercise 12.3: answer(side, channels) → multiply-adds of a self-attention with its four
-    projections.
+    """Check exercise 12.3: the multiply-adds of a self-attention with its four projections.
+
+    answer(side, channels) → the number of multiply-adds.
     """
     for side, channels in ((4, 24), (7, 64), (48, 64)):
         given, failed = attempt(answer, side, channels)

@@ -1,5 +1,6 @@
-"""The networks of the source tutorials as published, faults included, behind one contract:
-`model(x_t, t, y=None)`.
+"""The networks of the source tutorials as published, including their faults.
+
+All are called in the same way: `model(x_t, t, y=None)`.
 """
 
 from torch import nn
@@ -15,17 +16,16 @@ HAVE_A_TABLE = ("article", "mnist32")  # of times, with as many rows as the sche
 
 
 def names() -> list[str]:
-    """The networks there are."""
+    """Return the names of the available networks."""
     return sorted(NETWORKS)
 
 
 def build(name: str, timesteps: int = 1000, channels: int | None = None, **settings) -> nn.Module:
-    """The network `name` with fresh weights; `settings` go to its class.
+    """Return the network `name` with fresh weights; `settings` go to its class.
 
-    Without `channels`, as many as were published.
-
-    Raises ValueError on a name that is none, with the names there are, and on a number of channels
-    the network cannot take.
+    Without `channels`, the network has as many channels as the published one. Raises ValueError on
+    an unknown name, with the names that exist, and on a number of channels that the network does
+    not support.
     """
     if name not in NETWORKS:
         raise ValueError(

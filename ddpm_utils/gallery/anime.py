@@ -1,5 +1,6 @@
-"""The network of the anime faces tutorial: residual units each followed by attention, and two ways
-down and two ways up.
+"""The network of the anime faces tutorial: residual units and attention in turn.
+
+There are two ways down and two ways up: see `Down` and `Up`.
 """
 
 import torch
@@ -11,15 +12,20 @@ TIME_DIM = 128
 
 
 def embedding(t: Tensor) -> Tensor:
-    """(B,) → (B, 128): the sines of t·w_i, then the cosines, w_i = 10000^(−2i/128), i = 0 … 63."""
+    """Embed the times: (B,) → (B, 128).
+
+    The result holds the sines of t·w_i, then the cosines, with w_i = 10000^(−2i/128), i = 0 … 63.
+    """
     i = torch.arange(TIME_DIM // 2, device=t.device)
     angles = t[:, None] * 10_000.0 ** (-2 * i / TIME_DIM)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class Unit(nn.Module):
-    """(B, c_in, H, W) → (B, c_out, H, W): twice GroupNorm, SiLU, conv3, with time in between,
-    beside a 1×1 convolution.
+    """Residual unit: (B, c_in, H, W) → (B, c_out, H, W).
+
+    GroupNorm, SiLU and conv3 are applied twice, and the time is added in between. A 1×1 convolution
+    of the input is added to the result.
     """
 
     def __init__(self, c_in: int, c_out: int):
@@ -39,7 +45,10 @@ class Unit(nn.Module):
 
 
 class Attention(nn.Module):
-    """(B, C, H, W) → the same: GroupNorm, four heads over all H·W positions, added to the input."""
+    """Self-attention: (B, C, H, W) → the same.
+
+    GroupNorm, then four heads over all H·W positions; the result is added to the input.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -69,8 +78,9 @@ class Pairs(nn.Module):
 
 
 class Down(nn.Module):
-    """(B, C, H, W) → (B, C, H/2, W/2): half of the channels by a strided convolution, half by the
-    maximum of 2×2 pixels.
+    """Downsampling: (B, C, H, W) → (B, C, H/2, W/2).
+
+    A strided convolution makes half of the channels, and the maximum of 2×2 pixels the other half.
     """
 
     def __init__(self, channels: int):
@@ -86,8 +96,10 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """(B, C, H, W) → (B, C/2, 2H, 2W): half of them by a transposed convolution, half by bilinear
-    interpolation.
+    """Upsampling: (B, C, H, W) → (B, C/2, 2H, 2W).
+
+    A transposed convolution makes half of the output channels, and bilinear interpolation the other
+    half.
     """
 
     def __init__(self, channels: int):
@@ -107,7 +119,7 @@ class Up(nn.Module):
 
 
 class Middle(nn.Module):
-    """A unit from c_in to c_out, then twice attention and a unit."""
+    """A unit from c_in to c_out, then attention and a unit, twice."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -123,11 +135,13 @@ class Middle(nn.Module):
 
 
 class Anime(nn.Module):
-    """model(x_t, t, y=None) → ε shaped like x_t; 10,847,299 parameters with 3 channels.
+    """The network: model(x_t, t, y=None) → ε, shaped like x_t.
 
-    Odd: a skip carries what enters a level, and not what its units make of it; there is no
-    activation before the last convolution; at 48×48 the attention of the last level sees 2304
-    positions. x_t: (B, channels, H, W) float, H and W multiples of 4; t: (B,) long; y must be None.
+    It has 10,847,299 parameters with 3 channels. Three properties are unusual: a skip connection
+    carries the input of a level and not the output of its units; there is no activation before the
+    last convolution; at 48×48, the attention of the last level sees 2304 positions.
+
+    x_t: (B, channels, H, W) float, with H and W multiples of 4; t: (B,) long; y must be None.
     Raises ValueError on any other input.
     """
 

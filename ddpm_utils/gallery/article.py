@@ -1,5 +1,6 @@
-"""The network of the Fashion-MNIST article, after Brian Pulfer's DDPM: ten channels at full size, a
-norm tied to 28×28.
+"""The network of the Fashion-MNIST article, after Brian Pulfer's DDPM.
+
+It has ten channels at full size, and its norms are tied to 28×28.
 """
 
 import torch
@@ -12,11 +13,11 @@ SIZE = 28  # pixels a side: the shapes of the norms are part of the weights
 
 
 def embedding_table(timesteps: int, dim: int, mend: bool = False) -> Tensor:
-    """(timesteps, dim): column 2i is sin(t·w_i), column 2i + 1 is cos(t·w_i), with w_i =
-    10000^(−4i/dim).
+    """Return the table of time embeddings, (timesteps, dim).
 
-    The Transformer (arXiv 1706.03762, 3.5), and `mend`, have 10000^(−2i/dim): as published the
-    frequencies fall twice as fast, down to 10000^−2.
+    Column 2i is sin(t·w_i), and column 2i + 1 is cos(t·w_i), with w_i = 10000^(−4i/dim). The
+    Transformer (arXiv 1706.03762, 3.5), and this function with `mend`, have 10000^(−2i/dim). As
+    published, the frequencies fall twice as fast, down to 10000^−2.
     """
     w = 10_000.0 ** ((-2 if mend else -4) * torch.arange(dim // 2, dtype=torch.float64) / dim)
     angles = torch.arange(timesteps)[:, None] * w
@@ -24,8 +25,9 @@ def embedding_table(timesteps: int, dim: int, mend: bool = False) -> Tensor:
 
 
 class Block(nn.Module):
-    """(B, c_in, size, size) → (B, c_out, size, size): LayerNorm over all (c_in, size, size), then
-    twice conv3, SiLU.
+    """Convolution block: (B, c_in, size, size) → (B, c_out, size, size).
+
+    LayerNorm over all (c_in, size, size), then conv3 and SiLU, twice.
     """
 
     def __init__(self, size: int, c_in: int, c_out: int, normalize: bool = True):
@@ -41,8 +43,10 @@ class Block(nn.Module):
 
 
 class Level(nn.Module):
-    """Three blocks at one size; time, through an MLP of its own, is added to their input; widths:
-    input, then each output.
+    """Three blocks at one size.
+
+    The time passes through an MLP of the level and is added to the input of the blocks. widths: of
+    the input, then of each output.
     """
 
     def __init__(
@@ -65,13 +69,15 @@ class Level(nn.Module):
 
 
 class Article(nn.Module):
-    """model(x_t, t, y=None) → ε shaped like x_t; 606,852 parameters at T = 1000, of which the 100·T
-    of the table are frozen.
+    """The network: model(x_t, t, y=None) → ε, shaped like x_t.
 
-    Defective: the first norm takes the first level's time out again, the last is never called, 55
-    of the table's 100 columns hardly move with t. `mend` puts the table right. x_t: (B, 1, 28, 28)
-    float; t: (B,) long in 0 … timesteps − 1; y must be None: it knows no labels. Raises ValueError
-    on any other input (t beyond the table: on the CPU only, elsewhere PyTorch complains).
+    It has 606,852 parameters at T = 1000, of which the 100·T of the table are frozen. It has three
+    faults: the first norm removes the time of the first level again; the last norm is never called;
+    55 of the table's 100 columns hardly change with t. `mend` corrects the table.
+
+    x_t: (B, 1, 28, 28) float; t: (B,) long in 0 … timesteps − 1; y must be None, because the
+    network takes no labels. Raises ValueError on any other input (if t is beyond the table, only on
+    the CPU; elsewhere, PyTorch raises its own error).
     """
 
     def __init__(self, timesteps: int = 1000, time_dim: int = 100, mend: bool = False):
@@ -116,7 +122,7 @@ class Article(nn.Module):
 
 
 def check_input(x: Tensor, t: Tensor, y: Tensor | None, timesteps: int) -> None:
-    """Raise ValueError unless x_t, t and y are what the article's network takes."""
+    """Raise ValueError unless x_t, t and y are valid inputs of the article's network."""
     if x.ndim != 4 or x.shape[1:] != (1, SIZE, SIZE):
         raise ValueError(
             f"x_t has shape {tuple(x.shape)}, expected (batch, 1, {SIZE}, {SIZE}): the norms of "

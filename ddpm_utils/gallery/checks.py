@@ -1,4 +1,4 @@
-"""What the networks of the gallery refuse, in words."""
+"""Checks of the inputs of the gallery's networks."""
 
 import torch
 from torch import Tensor
@@ -12,10 +12,11 @@ def check_input(
     divisor: int,
     timesteps: int | None = None,
 ) -> None:
-    """Raise ValueError unless x_t is (B, channels, H, W), H and W multiples of `divisor`, t is (B,)
-    whole, y is None.
+    """Raise ValueError unless x_t, t and y are valid inputs of a network.
 
-    `timesteps`: how many rows the network's table of times has. They are counted on the CPU alone.
+    x_t must be (B, channels, H, W), with H and W multiples of `divisor`; t must be (B,) whole
+    numbers; y must be None. `timesteps` is the number of rows in the network's table of times; t is
+    compared with it only on the CPU.
     """
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(
@@ -33,8 +34,10 @@ def check_input(
 def check_times_and_labels(
     x: Tensor, t: Tensor, y: Tensor | None, timesteps: int | None = None
 ) -> None:
-    """Raise ValueError unless t is (B,) whole numbers within the table of times, if there is one,
-    and y is None.
+    """Raise ValueError unless t is (B,) whole numbers and y is None.
+
+    If the network has a table of times, with `timesteps` rows, t must lie within it; this is
+    checked only on the CPU.
     """
     if t.shape != x.shape[:1] or t.dtype not in (torch.int64, torch.int32):
         raise ValueError(

@@ -1,5 +1,6 @@
-"""The network of the hands-on guide: a plain convolutional U-Net, published in fragments that do
-not fit together.
+"""The network of the hands-on guide: a plain convolutional U-Net.
+
+It was published in fragments that do not fit together.
 """
 
 import math
@@ -13,8 +14,10 @@ TIME_DIM, WIDTHS = 256, (64, 128, 256)
 
 
 def embedding(t: Tensor) -> Tensor:
-    """(B,) → (B, 256): the sines of t·w_i, then the cosines, w_i = exp(−ln 10000 · i / 127), i = 0
-    … 127.
+    """Embed the times: (B,) → (B, 256).
+
+    The result holds the sines of t·w_i, then the cosines, with w_i = exp(−ln 10000 · i / 127),
+    i = 0 … 127.
     """
     half = TIME_DIM // 2
     w = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / (half - 1))
@@ -23,7 +26,10 @@ def embedding(t: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """(B, c_in, H, W) → (B, c_out, H, W): conv3 and ReLU, time added, conv3 and ReLU."""
+    """Convolution block: (B, c_in, H, W) → (B, c_out, H, W).
+
+    It applies conv3 and ReLU, adds the time, and applies conv3 and ReLU again.
+    """
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -39,12 +45,14 @@ class Block(nn.Module):
 
 
 class Guide(nn.Module):
-    """model(x_t, t, y=None) → ε shaped like x_t; 8,058,049 parameters with 1 channel.
+    """The network: model(x_t, t, y=None) → ε, shaped like x_t.
 
-    The published decoder wants 512 channels where its encoder leaves 256. The smallest bottleneck
-    that closes it doubles the width at the bottom; so it stands here. The published embedding
-    returns nothing; here it reaches every block. x_t: (B, channels, H, W) float, H and W multiples
-    of 8; t: (B,) long; y must be None. Raises ValueError on any other input.
+    It has 8,058,049 parameters with 1 channel. The published decoder needs 512 channels where its
+    encoder gives 256. This network has the smallest bottleneck that closes the gap: it doubles the
+    width at the bottom. The published embedding returns nothing; here it reaches every block.
+
+    x_t: (B, channels, H, W) float, with H and W multiples of 8; t: (B,) long; y must be None.
+    Raises ValueError on any other input.
     """
 
     def __init__(self, channels: int = 1):

@@ -1,5 +1,7 @@
-"""The network of "DDPM from scratch" on MNIST: 35 million weights, residual – attention – residual,
-32 → 16 → 8 → 4 pixels.
+"""The network of "DDPM from scratch" on MNIST, with 35 million weights.
+
+A level is residual block, attention (in two of the levels), residual block. The sides shrink from
+32 to 16, 8 and 4 pixels.
 """
 
 import torch
@@ -12,8 +14,9 @@ TIME_DIM, HEADS = 512, 8
 
 
 def embedding_table(timesteps: int) -> Tensor:
-    """(timesteps, 512): column 2i is sin(t·w_i), column 2i + 1 is cos(t·w_i), w_i =
-    10000^(−2i/512).
+    """Return the table of time embeddings, (timesteps, 512).
+
+    Column 2i is sin(t·w_i), and column 2i + 1 is cos(t·w_i), with w_i = 10000^(−2i/512).
     """
     w = 10_000.0 ** (-2 * torch.arange(TIME_DIM // 2, dtype=torch.float64) / TIME_DIM)
     angles = torch.arange(timesteps)[:, None] * w
@@ -21,8 +24,10 @@ def embedding_table(timesteps: int) -> Tensor:
 
 
 class Residual(nn.Module):
-    """(B, C, H, W) → the same: the first C columns of the embedding are added; then twice
-    GroupNorm, ReLU, conv3 beside that.
+    """Residual block: (B, C, H, W) → the same.
+
+    The first C columns of the embedding are added to the input. GroupNorm, ReLU and conv3, applied
+    twice to the sum, are added to it.
     """
 
     def __init__(self, channels: int, dropout: float):
@@ -41,10 +46,10 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """(B, C, H, W) → the same: eight heads over all positions, without a norm.
+    """Self-attention: (B, C, H, W) → the same, with eight heads over all positions and no norm.
 
-    As published the attention drops weights in eval mode too, and nothing is added to its answer;
-    `mend` puts both right.
+    As published, the attention drops weights in eval mode too, and its result is not added to its
+    input; `mend` corrects both.
     """
 
     def __init__(self, channels: int, dropout: float, mend: bool):
@@ -72,7 +77,7 @@ class Attention(nn.Module):
 class Level(nn.Module):
     """Residual block, attention where chosen, residual block.
 
-    Returns that, and what goes on to the next level.
+    Returns the result, and what goes on to the next level.
     """
 
     def __init__(
@@ -89,13 +94,15 @@ class Level(nn.Module):
 
 
 class Mnist32(nn.Module):
-    """model(x_t, t, y=None) → ε shaped like x_t; 35,178,689 parameters; the table of T = 1000 rows
-    is no parameter.
+    """The network: model(x_t, t, y=None) → ε, shaped like x_t.
 
-    Defective: a level of C channels sees the first C of the 512 columns alone, at 64 channels
-    periods of up to 19 steps; the attention drops weights in eval mode too, and nothing is added to
-    its answer. `mend` puts the attention right. x_t: (B, 1, H, W) float, H and W multiples of 8; t:
-    (B,) long in 0 … timesteps − 1; y must be None. Raises ValueError on any other input.
+    It has 35,178,689 parameters; the table of T = 1000 rows is not a parameter. It has these
+    faults: a level of C channels sees only the first C of the 512 columns, which at 64 channels
+    means periods of up to 19 steps; the attention drops weights in eval mode too, and its result is
+    not added to its input. `mend` corrects the attention.
+
+    x_t: (B, 1, H, W) float, with H and W multiples of 8; t: (B,) long in 0 … timesteps − 1; y must
+    be None. Raises ValueError on any other input.
     """
 
     def __init__(self, timesteps: int = 1000, dropout: float = 0.1, mend: bool = False):

@@ -1,5 +1,6 @@
-"""Small weights of our own training, each beside a JSON card that says how it was made: diffusion
-networks and classifiers.
+"""Small weights that we trained, each beside a JSON card that says how it was made.
+
+There are diffusion networks and classifiers.
 """
 
 import copy
@@ -19,19 +20,23 @@ CLASSIFIER = "classifier_"
 
 
 def names() -> list[str]:
-    """The diffusion networks that come with the package."""
+    """Return the names of the diffusion networks that come with the package."""
     return sorted(
         path.stem for path in FOLDER.glob("*.json") if not path.stem.startswith(CLASSIFIER)
     )
 
 
 def classifier_names() -> list[str]:
-    """The data sets for which a classifier comes with the package."""
+    """Return the data sets for which a classifier comes with the package."""
     return sorted(path.stem.removeprefix(CLASSIFIER) for path in FOLDER.glob(f"{CLASSIFIER}*.json"))
 
 
 def card(name: str) -> dict:
-    """How the weights `name` were made. Raises FileNotFoundError that lists the names there are."""
+    """Return the card that says how the weights `name` were made.
+
+    Raises FileNotFoundError that lists the available names if there is no such card, and ValueError
+    if it is damaged.
+    """
     path = FOLDER / f"{name}.json"
     if not path.is_file():
         there = [*names(), *(CLASSIFIER + dataset for dataset in classifier_names())]
@@ -47,8 +52,9 @@ def card(name: str) -> dict:
 
 
 def build(cfg: TrainConfig) -> torch.nn.Module:
-    """The network that `cfg.model` names, with fresh weights from the global generator: ours, or
-    one of the gallery.
+    """Return the network that `cfg.model` names, with fresh weights from the global generator.
+
+    The network is our own U-Net or one of the gallery.
     """
     if cfg.model == "unet":
         return UNet(**cfg.network())
@@ -56,9 +62,9 @@ def build(cfg: TrainConfig) -> torch.nn.Module:
 
 
 def load(name: str, device="cpu") -> tuple[torch.nn.Module, TrainConfig]:
-    """The averaged network `name` in eval mode on `device`, and its config.
+    """Return the averaged network `name` in eval mode on `device`, and its config.
 
-    Reads tensors only, no code.
+    Reads only tensors from the file and runs no code from it.
     """
     cfg = from_dict(card(name)["config"])
     model = build(cfg)
@@ -83,19 +89,19 @@ def _read_weights(name: str, model: torch.nn.Module) -> None:
 
 
 def matching(cfg: TrainConfig) -> str | None:
-    """The name of shipped weights that `cfg` can use, or None."""
+    """Return the name of shipped weights that `cfg` can use, or None."""
     return next(
         (name for name in names() if not cfg.differences(from_dict(card(name)["config"]))), None
     )
 
 
 def obtain(cfg: TrainConfig, device="cpu", seconds: float = 60.0) -> torch.nn.Module:
-    """An averaged network in eval mode whose weights fit `cfg`, saying in one line where it comes
-    from.
+    """Return an averaged network in eval mode whose weights fit `cfg`.
 
-    First a checkpoint of lesson 04 under `checkpoints/`, the newest whose config agrees on
-    `config.WEIGHT_FIELDS`; else shipped weights that do; else one trained here and now for
-    `seconds`, which is said loudly.
+    One printed line says where the weights come from. They come from the newest checkpoint of
+    lesson 04 under `checkpoints/` whose config agrees on `config.WEIGHT_FIELDS`; if there is none,
+    from shipped weights that fit; and otherwise from training here for `seconds`, which is
+    announced in capitals.
     """
     model = build(cfg)
     files = sorted(
@@ -131,11 +137,10 @@ def obtain(cfg: TrainConfig, device="cpu", seconds: float = 60.0) -> torch.nn.Mo
 
 
 def load_classifier(dataset: str = "fashion_mnist", device="cpu") -> Classifier:
-    """The shipped classifier of `dataset` in eval mode on `device`: the metric's features (module
-    `evaluation`).
+    """Return the shipped classifier of `dataset` in eval mode on `device`.
 
-    Raises FileNotFoundError that lists the data sets there are. For images of any other kind see
-    `obtain_classifier`.
+    The metrics (module `evaluation`) use its features. Raises FileNotFoundError that lists the
+    available names. For images of any other kind, see `obtain_classifier`.
     """
     card(CLASSIFIER + dataset)
     model = Classifier()
@@ -144,11 +149,10 @@ def load_classifier(dataset: str = "fashion_mnist", device="cpu") -> Classifier:
 
 
 def obtain_classifier(train_set: data.ImageSet, device="cpu") -> Classifier:
-    """A classifier in eval mode for images like `train_set`, saying in one line where it comes
-    from.
+    """Return a classifier in eval mode for images like `train_set`.
 
-    The shipped one if there is one for this data set at 28×28, else one trained here and now:
-    seconds for the digits.
+    One printed line says where the classifier comes from. It is the shipped one if there is one for
+    this data set at 28×28. Otherwise it is trained here, which takes seconds for the digits.
     """
     shape, title = tuple(train_set.images.shape[1:]), train_set.title
     dataset = next(
@@ -175,8 +179,10 @@ def obtain_classifier(train_set: data.ImageSet, device="cpu") -> Classifier:
 def _train_briefly(
     cfg: TrainConfig, model: torch.nn.Module, device, seconds: float
 ) -> torch.nn.Module:
-    """Measure the speed over a few steps, then train as many as fit into `seconds`, with the
-    learning rate falling to its end.
+    """Train for about `seconds`, and return the averaged network.
+
+    The speed is measured over a few steps. The run then has as many steps as fit into `seconds`,
+    and its learning rate falls to its final value.
     """
     train_set = data.load_images(cfg.dataset, image_size=cfg.image_size, pad=cfg.pad)
     images, labels = train_set.images, train_set.labels if cfg.num_classes else None

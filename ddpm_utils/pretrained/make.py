@@ -1,9 +1,10 @@
-"""Train the weights that come with the package: `python -m ddpm_utils.pretrained.make [name …]`, or
-`make pretrained`. Names are those of the files: `mnist` is a diffusion network, `classifier_mnist`
-a classifier.
+"""Train the weights that come with the package.
 
-A run that is cut short goes on from its last checkpoint under `checkpoints/` when the same command
-is given again.
+Run `python -m ddpm_utils.pretrained.make [name …]`, or `make pretrained`. The names are those of
+the files: `mnist` is a diffusion network, `classifier_mnist` a classifier.
+
+If a run is interrupted, the same command continues it from its last checkpoint under
+`checkpoints/`.
 """
 
 import datetime
@@ -31,7 +32,7 @@ CLASSIFIERS = {"fashion_mnist": {"epochs": 6, "shift": 1}, "mnist": {"epochs": 4
 
 
 def make(name: str) -> Path:
-    """Train `name` to the end of its recipe and write its weights and card beside this file.
+    """Train `name` to the end of its recipe, and write its weights and card beside this file.
 
     Returns the card's path.
     """
