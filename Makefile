@@ -10,7 +10,7 @@ COPIES := outputs/test/lessons
 
 # Waiting threads of OpenMP sleep soon instead of spinning on: beside other busy programs a lesson is then several times faster.
 ifndef OMP_WAIT_POLICY
-export GOMP_SPINCOUNT ?= 30000
+export GOMP_SPINCOUNT ?= 200
 endif
 
 # Values that people give reach the shell as text: no part of them is run.

@@ -34,7 +34,7 @@ def share_the_cores() -> None:
     several times slower (measurements in benchmarks/README.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "200")
 
 
 class Quiet:

@@ -493,7 +493,7 @@ def test_presets_know_the_number_of_images_and_the_gpu():
 
 @pytest.mark.parametrize(
     ("given", "found"),
-    [({}, "30000"), ({"GOMP_SPINCOUNT": "100"}, "100"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    [({}, "200"), ({"GOMP_SPINCOUNT": "100"}, "100"), ({"OMP_WAIT_POLICY": "active"}, None)],
 )
 def test_waiting_threads_sleep_unless_the_user_has_chosen(given, found):
     code = (
