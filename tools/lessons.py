@@ -1,11 +1,11 @@
 """Execute, render, copy and export the lessons, and change the repository's address in them.
 
-python tools/lessons.py run [NN …]       lessons 01–05 or those named, executed into
-outputs/lessons/; --all: the whole series python tools/lessons.py render [NN …]    execute at full
-size into notebooks/ itself python tools/lessons.py copy FOLDER      unexecuted copies with every
-folded solution put in after its exercise python tools/lessons.py html FOLDER      static pages, on
-which every image has its alternative text python tools/lessons.py address URL      put another
-repository's address into pyproject.toml, README and lessons
+python tools/lessons.py run [NN …]     execute lessons 01–05, or those named, into outputs/lessons/
+                                       (--all: the whole series)
+python tools/lessons.py render [NN …]  execute at full size into notebooks/ itself
+python tools/lessons.py copy FOLDER    unexecuted copies, each with its folded solutions put in
+python tools/lessons.py html FOLDER    static pages; every image has its alternative text
+python tools/lessons.py address URL    put another address into pyproject.toml, README and lessons
 """
 
 import argparse
