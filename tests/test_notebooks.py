@@ -259,6 +259,20 @@ def test_setup_cell_is_short():
     assert len(lines) <= 38 and max(map(len, lines)) <= 100
 
 
+@pytest.mark.parametrize(
+    "chosen, found",
+    [({}, "200"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_setup_cell_lets_waiting_threads_sleep_unless_the_user_chose(
+    tmp_path, monkeypatch, chosen, found
+):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "ddpm_utils").symlink_to(ROOT / "ddpm_utils")
+    done = run_setup(tmp_path, after="print(os.environ.get('GOMP_SPINCOUNT'))", **chosen)
+    assert done.stdout.strip() == found, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("beside", [None, "package", "folder without __init__", "file"])
 def test_setup_cell_clones_where_there_is_nothing(tmp_path, beside):
     """Run twice, with and without a namesake beside the notebook; then our package is the one
