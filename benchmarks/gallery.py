@@ -301,7 +301,13 @@ class Bench:
     """The run: which rows are wanted, which are there, and how the missing ones are made."""
 
     def __init__(
-        self, names: list[str], mark: float, n: int, out: Path, device: torch.device, command: str
+        self,
+        names: list[str],
+        mark: float,
+        n: int,
+        out: Path,
+        device: torch.device,
+        command: str,
     ):
         self.names, self.mark, self.n, self.out, self.device, self.command = (
             names,

@@ -102,7 +102,13 @@ class Bench:
     """The run: the plan, what is done of it, and the contestants in training."""
 
     def __init__(
-        self, plan: dict, out: Path, n: int, device: torch.device, compiled: bool, command: str
+        self,
+        plan: dict,
+        out: Path,
+        n: int,
+        device: torch.device,
+        compiled: bool,
+        command: str,
     ):
         self.plan, self.out, self.n, self.device, self.compiled, self.command = (
             plan,

@@ -61,7 +61,14 @@ COLUMNS = (
 
 
 def draw(
-    denoise, schedule, shape, sampler: str, spacing: str, eta: float, calls: int, rng
+    denoise,
+    schedule,
+    shape,
+    sampler: str,
+    spacing: str,
+    eta: float,
+    calls: int,
+    rng,
 ) -> Tensor:
     """Images of `shape` in model range, from the noise that `rng` gives next."""
     if sampler == "ddpm":
@@ -100,7 +107,13 @@ def measure(
     }
 
 
-def run(out: Path, n: int, device, most: int, command: str) -> None:
+def run(
+    out: Path,
+    n: int,
+    device,
+    most: int,
+    command: str,
+) -> None:
     """All points of the plan of up to `most` calls that `out` lacks, few calls first."""
     dataset = runtime.shrink("fashion_mnist", "digits")
     train_set, test_set = real_sets()

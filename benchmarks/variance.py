@@ -36,7 +36,13 @@ SHARED_STEPS = 60  # of the part that both chains share
 
 
 @torch.no_grad()
-def draw_both(denoise, schedule, shape, split: int, seed: int) -> dict[str, Tensor]:
+def draw_both(
+    denoise,
+    schedule,
+    shape,
+    split: int,
+    seed: int,
+) -> dict[str, Tensor]:
     """Images of `shape` by either variance: one chain down to t = split, from there on two."""
     device = schedule.betas.device
     rng = torch.Generator(device).manual_seed(seed)
@@ -61,7 +67,15 @@ def draw_both(denoise, schedule, shape, split: int, seed: int) -> dict[str, Tens
     return images
 
 
-def run(out: Path, n: int, split: int, datasets, seeds, device, command: str) -> None:
+def run(
+    out: Path,
+    n: int,
+    split: int,
+    datasets,
+    seeds,
+    device,
+    command: str,
+) -> None:
     """All measurements that `out` lacks."""
     for dataset in datasets:
         train_set, test_set = data.load_images(dataset, "train"), data.load_images(dataset, "test")

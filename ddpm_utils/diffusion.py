@@ -50,7 +50,11 @@ def velocity(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Ten
 
 
 def training_target(
-    schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor, target: str = "eps"
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    target: str = "eps",
 ) -> Tensor:
     """Return the network's regression target: "eps" (DDPM Eq. 14), "x0" or "v".
 
@@ -66,7 +70,11 @@ def training_target(
 
 
 def predict_x0(
-    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Tensor, target: str = "eps"
+    schedule: NoiseSchedule,
+    x_t: Tensor,
+    t: Tensor,
+    prediction: Tensor,
+    target: str = "eps",
 ) -> Tensor:
     """Return the clean image x0_hat that a prediction at (x_t, t) implies.
 
@@ -93,7 +101,13 @@ def predict_eps(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, x0_hat: Tensor)
 
 
 def diffusion_loss(
-    model, schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor, target: str = "eps", y=None
+    model,
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    target: str = "eps",
+    y=None,
 ) -> Tensor:
     """Return the mean squared error of the network's prediction at x_t ~ q(x_t | x0), a scalar.
 
@@ -123,7 +137,11 @@ def q_posterior(
 
 
 def p_mean_variance(
-    schedule: NoiseSchedule, x0_hat: Tensor, x_t: Tensor, t: Tensor, variance: str = "beta_tilde"
+    schedule: NoiseSchedule,
+    x0_hat: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    variance: str = "beta_tilde",
 ) -> tuple[Tensor, Tensor]:
     """Return the mean and the variance of p(x_{t−1} | x_t).
 

@@ -338,7 +338,11 @@ def score(features: Tensor, reference: Tensor, generator: torch.Generator | None
 
 
 def compare(
-    classifier: Classifier, samples: Tensor, reference: Tensor, held_out: Tensor, seed: int = 0
+    classifier: Classifier,
+    samples: Tensor,
+    reference: Tensor,
+    held_out: Tensor,
+    seed: int = 0,
 ) -> Report:
     """Compare samples and held-out real images with the same real features.
 

@@ -70,7 +70,11 @@ class Image:
 
 
 def figure(
-    rows: int = 1, cols: int = 1, width: float = 7.0, height: float | None = None, **subplots
+    rows: int = 1,
+    cols: int = 1,
+    width: float = 7.0,
+    height: float | None = None,
+    **subplots,
 ):
     """Return a figure in the style of the series, and its axes.
 

@@ -18,7 +18,12 @@ def one_of(name: str, value, options: Iterable) -> None:
 
 
 def within(
-    name: str, value, low: Real, high: Real, multiple_of: int = 1, or_none: bool = False
+    name: str,
+    value,
+    low: Real,
+    high: Real,
+    multiple_of: int = 1,
+    or_none: bool = False,
 ) -> None:
     """Raise ValueError unless `value` is a number in `low` … `high`.
 
@@ -44,7 +49,13 @@ def within(
     raise ValueError(f"{name}={value!r} must be {kind} in {low} … {high}{none}: try {advice}")
 
 
-def widths(name: str, value, least: int, most: int, or_none: bool = False) -> None:
+def widths(
+    name: str,
+    value,
+    least: int,
+    most: int,
+    or_none: bool = False,
+) -> None:
     """Raise ValueError unless `value` is a tuple of `least` … `most` whole numbers.
 
     Each must be a positive multiple of 4. With `or_none`, `value` may be None.

@@ -43,7 +43,14 @@ class ResBlock(nn.Module):
     normalization (as in Improved DDPM), so that the normalization cannot undo it.
     """
 
-    def __init__(self, c_in: int, c_out: int, time_dim: int, groups: int = 4, dropout: float = 0.0):
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        time_dim: int,
+        groups: int = 4,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -111,7 +118,14 @@ class DownLevel(nn.Module):
 class UpLevel(nn.Module):
     """Residual blocks at one resolution; each concatenates its input with the latest of `skips`."""
 
-    def __init__(self, width: int, blocks: int, time_dim: int, groups: int, dropout: float):
+    def __init__(
+        self,
+        width: int,
+        blocks: int,
+        time_dim: int,
+        groups: int,
+        dropout: float,
+    ):
         super().__init__()
         self.blocks = nn.ModuleList(
             ResBlock(2 * width, width, time_dim, groups, dropout) for _ in range(blocks)

@@ -700,7 +700,15 @@ def test_the_peak_is_that_of_a_real_product(own_folders, monkeypatch):
 # --- the table
 
 
-def row(name, mark, distance, seed=0, n=1000, sampler="common", **more):
+def row(
+    name,
+    mark,
+    distance,
+    seed=0,
+    n=1000,
+    sampler="common",
+    **more,
+):
     return {
         "contestant": name,
         "mark": mark,

@@ -157,7 +157,11 @@ def test_the_losses_are_a_row_a_step_and_lossless(whole, tmp_path):
 
 @pytest.mark.parametrize("stop", [1, 7, 8, STEPS - 1])
 def test_a_stopped_and_resumed_run_is_the_whole_run_bit_for_bit(
-    whole, tmp_path, monkeypatch, capsys, stop
+    whole,
+    tmp_path,
+    monkeypatch,
+    capsys,
+    stop,
 ):
     with monkeypatch.context() as patch:
         press_stop_at(patch, stop)
@@ -788,7 +792,11 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path, capsys, line, says):
     ],
 )
 def test_a_bad_command_line_names_the_flag_and_ends_with_status_2(
-    tmp_path, monkeypatch, capsys, line, says
+    tmp_path,
+    monkeypatch,
+    capsys,
+    line,
+    says,
 ):
     monkeypatch.chdir(tmp_path)
     assert command.main(line.split()) == 2

@@ -164,7 +164,15 @@ def is_digits(found) -> bool:
 @pytest.mark.parametrize(
     ("dataset", "name"), [("fashion_mnist", "FashionMNIST"), ("mnist", "MNIST")]
 )
-def test_named_folder_good(own, monkeypatch, tmp_path, capsys, dataset, name, split):
+def test_named_folder_good(
+    own,
+    monkeypatch,
+    tmp_path,
+    capsys,
+    dataset,
+    name,
+    split,
+):
     write_set(tmp_path / "mine" / name / "raw")
     monkeypatch.setenv("DDPM_DATA_DIR", str(tmp_path / "mine"))
     found = data.load_images(dataset, split)
@@ -182,7 +190,13 @@ def test_named_folder_good(own, monkeypatch, tmp_path, capsys, dataset, name, sp
 @pytest.mark.parametrize("asked", ["train", "test"])
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("file", [file for files in data.FILES.values() for file in files])
-def test_named_folder_damaged_is_refused_by_name_and_left_alone(mine, own, file, kind, asked):
+def test_named_folder_damaged_is_refused_by_name_and_left_alone(
+    mine,
+    own,
+    file,
+    kind,
+    asked,
+):
     damage(mine / file, kind)
     left = snapshot(mine)
     with pytest.raises(ValueError, match=rf"damaged: {file} \(.*unset DDPM_DATA_DIR") as error:
@@ -268,7 +282,11 @@ FORMS = [
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("where", ["named", "own"])
 def test_any_form_of_the_published_content_is_good_and_stays_as_it_is(
-    own, mine, monkeypatch, form, where
+    own,
+    mine,
+    monkeypatch,
+    form,
+    where,
 ):
     raw = mine
     if where == "own":
@@ -285,7 +303,11 @@ def test_any_form_of_the_published_content_is_good_and_stays_as_it_is(
 
 @pytest.mark.parametrize("there", ["no folder", "empty folder", "another set", "the folder itself"])
 def test_named_folder_without_the_set_goes_on_to_the_next_source(
-    own, mine, monkeypatch, capsys, there
+    own,
+    mine,
+    monkeypatch,
+    capsys,
+    there,
 ):
     if there == "another set":
         mine.parent.rename(mine.parent.with_name("MNIST"))
@@ -315,7 +337,11 @@ def test_own_folder_good_asks_no_mirror(own, monkeypatch, silent_mirror):
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_own_folder_damaged_is_replaced_by_a_download_and_the_damaged_file_is_kept(
-    own, monkeypatch, mirror, capsys, kind
+    own,
+    monkeypatch,
+    mirror,
+    capsys,
+    kind,
 ):
     address, folder = mirror
     write_set(folder / "set")
@@ -352,7 +378,12 @@ def test_a_folder_in_the_place_of_a_file_is_kept_too(own, monkeypatch, mirror):
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("server", ["closed", "wrong files", "two of four"])
 def test_without_a_replacement_nothing_in_the_own_folder_changes(
-    own, monkeypatch, mirror, capsys, kind, server
+    own,
+    monkeypatch,
+    mirror,
+    capsys,
+    kind,
+    server,
 ):
     """Damaged or not, the files may be the user's own: a failed or interrupted download leaves them
     alone.
@@ -483,7 +514,11 @@ def test_each_data_set_has_its_own_source(own):
 
 @pytest.mark.parametrize("server", ["closed", "404", "wrong files"])
 def test_no_download_ends_at_the_digits_without_a_traceback(
-    own, monkeypatch, mirror, capsys, server
+    own,
+    monkeypatch,
+    mirror,
+    capsys,
+    server,
 ):
     address, folder = mirror
     write_set(folder / "set", seed=1)

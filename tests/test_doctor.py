@@ -46,7 +46,11 @@ def test_a_sound_installation_is_well(own_folders, capsys):
     ("found", "words"), [(None, "einops is missing"), ("0.7.0", "einops is 0.7.0")]
 )
 def test_a_missing_or_old_package_is_named_with_its_cure(
-    own_folders, versions, capsys, found, words
+    own_folders,
+    versions,
+    capsys,
+    found,
+    words,
 ):
     versions({"einops": found})
     assert command.main(["doctor"]) == 1
@@ -100,7 +104,13 @@ IMAGES, LABELS = data.FILES["train"]
 @pytest.mark.parametrize("place", ["own", "named"])
 @pytest.mark.parametrize("fault", ["damaged", "missing", "pointer"])
 def test_a_set_that_is_not_whole_is_named_with_its_files(
-    small_set, own_folders, monkeypatch, tmp_path, capsys, place, fault
+    small_set,
+    own_folders,
+    monkeypatch,
+    tmp_path,
+    capsys,
+    place,
+    fault,
 ):
     root = own_folders / "data" if place == "own" else tmp_path / "mine"
     if place == "named":
@@ -126,7 +136,11 @@ def test_a_set_that_is_not_whole_is_named_with_its_files(
 
 @pytest.mark.parametrize("there", ["nothing", "a file", "an empty folder", "the raw folder itself"])
 def test_a_named_data_folder_that_holds_no_set_is_told(
-    small_set, monkeypatch, tmp_path, capsys, there
+    small_set,
+    monkeypatch,
+    tmp_path,
+    capsys,
+    there,
 ):
     named = tmp_path / "mine"
     if there == "a file":
@@ -144,7 +158,12 @@ def test_a_named_data_folder_that_holds_no_set_is_told(
 @pytest.mark.parametrize("variable", ["DDPM_OUTPUT_DIR", "DDPM_CHECKPOINT_DIR"])
 @pytest.mark.parametrize("obstacle", ["a file", "a file above", "a broken link"])
 def test_a_folder_that_cannot_be_made_is_told_with_its_variable(
-    quick, monkeypatch, tmp_path, capsys, variable, obstacle
+    quick,
+    monkeypatch,
+    tmp_path,
+    capsys,
+    variable,
+    obstacle,
 ):
     folder = tmp_path / "taken" / "below" if obstacle == "a file above" else tmp_path / "taken"
     if obstacle == "a broken link":
@@ -173,7 +192,13 @@ def test_a_checkout_that_cannot_be_written_to_is_told_with_three_cures(
     assert all(f"({os.strerror(number)})" in line for line in problems)
 
 
-def test_it_leaves_no_folder_behind(quick, own_folders, monkeypatch, tmp_path, capsys):
+def test_it_leaves_no_folder_behind(
+    quick,
+    own_folders,
+    monkeypatch,
+    tmp_path,
+    capsys,
+):
     monkeypatch.setenv("DDPM_OUTPUT_DIR", str(tmp_path / "a" / "b"))
     monkeypatch.setenv("DDPM_CHECKPOINT_DIR", "relative/c")
     assert command.main(["doctor"]) == 0
@@ -205,7 +230,13 @@ def shelf(own_folders, monkeypatch, tmp_path):
         ("empty", "cannot be loaded .*: take it from the repository again"),
     ],
 )
-def test_weights_that_cannot_be_used_are_named_with_their_cure(shelf, capsys, file, fault, words):
+def test_weights_that_cannot_be_used_are_named_with_their_cure(
+    shelf,
+    capsys,
+    file,
+    fault,
+    words,
+):
     path = shelf / file
     if fault == "missing":
         path.unlink()

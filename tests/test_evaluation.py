@@ -42,7 +42,13 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def normal(n, d, seed=0, mean=0.0, std=1.0):
+def normal(
+    n,
+    d,
+    seed=0,
+    mean=0.0,
+    std=1.0,
+):
     return mean + std * torch.randn(n, d, generator=rng(seed), dtype=torch.float64)
 
 

@@ -225,7 +225,11 @@ def test_one_image_is_too_few(own_folders, tmp_path):
     ("free", "kind"), [(4 * 120 * 64, torch.Tensor), (4 * 120 * 64 - 1, FolderImages)]
 )
 def test_what_fills_more_than_a_quarter_of_the_free_memory_stays_on_disk(
-    numbered, monkeypatch, capsys, free, kind
+    numbered,
+    monkeypatch,
+    capsys,
+    free,
+    kind,
 ):
     monkeypatch.setattr(runtime, "free_memory", lambda device: free)
     assert isinstance(train_and_test(numbered, 8, 1)[0].images, kind)
@@ -308,7 +312,12 @@ def png(rows, depth: int, kind: int, clear: bytes = b"") -> bytes:
 
 
 def tiff(
-    content: bytes, width: int, bits: int, photometric: int = 1, order: str = "<", form: int = 1
+    content: bytes,
+    width: int,
+    bits: int,
+    photometric: int = 1,
+    order: str = "<",
+    form: int = 1,
 ) -> bytes:
     """A TIFF file of one row. Photometric 0: 0 is white; form 1 is unsigned, 2 signed, 3 float."""
     tags = {
@@ -536,7 +545,11 @@ def test_noise_is_not_taken_for_a_format_without_a_signature(tmp_path):
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_whatever_decoding_raises_names_the_file_and_spares_the_others(
-    faces, monkeypatch, capsys, stream, error
+    faces,
+    monkeypatch,
+    capsys,
+    stream,
+    error,
 ):
     decode = folders._decode
 
@@ -839,7 +852,13 @@ DAMAGES = {
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_is_named_and_made_again(faces, own_folders, capsys, damage, stream):
+def test_a_damaged_cache_is_named_and_made_again(
+    faces,
+    own_folders,
+    capsys,
+    damage,
+    stream,
+):
     kind = "digests" if stream else "images"
     sound = everything(faces, stream)
     (cache,) = caches(own_folders, kind)

@@ -422,7 +422,13 @@ def test_skips_join_levels_of_one_size(article):
         (torch.zeros(2, 1, 28, 28), torch.zeros(2).long(), torch.zeros(2).long(), "labels"),
     ],
 )
-def test_bad_input_is_refused_in_words(article, x, t, y, words):
+def test_bad_input_is_refused_in_words(
+    article,
+    x,
+    t,
+    y,
+    words,
+):
     with pytest.raises(ValueError, match=words):
         article(x, t, y)
 

@@ -54,7 +54,14 @@ def test_article_is_the_contestant_of_the_other_benchmark(own_folders):
         ("anime", (1e-4, 1e-4), 32, None, 10_846_433),
     ],
 )
-def test_each_trains_as_its_tutorial_says(own_folders, name, rates, batch, clip, parameters):
+def test_each_trains_as_its_tutorial_says(
+    own_folders,
+    name,
+    rates,
+    batch,
+    clip,
+    parameters,
+):
     made = module.CONTESTANTS[name](images(), 0, CPU)
     assert type(made.optimizer) is torch.optim.Adam and made.average is None
     assert (made.rate(0.0), made.rate(1.0)) == pytest.approx(rates)

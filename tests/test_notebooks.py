@@ -215,7 +215,13 @@ NEVER = "https://github.com/nobody/never-made-this"
 OFFLINE = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "no_proxy": ""}
 
 
-def run_setup(folder, address=NEVER, before="", after="", **env):
+def run_setup(
+    folder,
+    address=NEVER,
+    before="",
+    after="",
+    **env,
+):
     """Run the setup cell in `folder` as IPython would; `before` and `after` are lines around it.
 
     Returns the process.

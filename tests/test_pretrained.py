@@ -32,7 +32,13 @@ def shelf(monkeypatch, tmp_path):
     return put
 
 
-def keep(cfg, model, name, steps=3, age=0):
+def keep(
+    cfg,
+    model,
+    name,
+    steps=3,
+    age=0,
+):
     """A checkpoint of lesson 04 under the project's folder, `age` seconds old."""
     state = training.TrainState(cfg, model)
     state.step = steps
@@ -103,7 +109,11 @@ def test_obtain_takes_the_newest_own_checkpoint_that_fits(shelf, tiny, net, caps
 
 
 def test_obtain_passes_over_a_damaged_checkpoint_and_tells_no_absolute_path(
-    shelf, tiny, net, capsys, tmp_path
+    shelf,
+    tiny,
+    net,
+    capsys,
+    tmp_path,
 ):
     cfg = tiny()
     shelf("small", cfg, net(cfg, 9))

@@ -139,7 +139,11 @@ def test_the_two_ways_into_the_unit_range_and_back():
 
 @pytest.mark.parametrize(("data_range", "low"), [("symmetric", -1), ("unit", 0)])
 def test_training_and_measuring_take_images_of_the_configs_range(
-    tiny, net, monkeypatch, data_range, low
+    tiny,
+    net,
+    monkeypatch,
+    data_range,
+    low,
 ):
     """Seen by `q_sample`, through which every image goes on its way to the network."""
     cfg, seen = tiny(data_range=data_range, batch_size=2, epochs=0.5), []
@@ -236,7 +240,13 @@ def test_the_images_of_a_recipe_are_those_of_its_own_sampler(monkeypatch, tiny):
     )
     asked = []
 
-    def sampler(denoise, schedule, shape, variance, *more):
+    def sampler(
+        denoise,
+        schedule,
+        shape,
+        variance,
+        *more,
+    ):
         asked.extend([variance, denoise.clamp])
         return iter([(-1, torch.zeros(2, 1, 8, 8), 0)])
 

@@ -106,7 +106,13 @@ def test_moved_images_are_named_and_the_run_goes_on(faces, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "change", ["other images", "another pixel", "one more", "one fewer", "another name"]
 )
-def test_other_images_are_told_and_nothing_is_changed(faces, tmp_path, monkeypatch, capsys, change):
+def test_other_images_are_told_and_nothing_is_changed(
+    faces,
+    tmp_path,
+    monkeypatch,
+    capsys,
+    change,
+):
     stopped_run(monkeypatch, faces, tmp_path / "run")
     before = {
         path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()
@@ -273,7 +279,13 @@ def holder(tmp_path):
 
 
 @pytest.mark.parametrize("flag", [[], ["--resume"]])
-def test_a_folder_in_use_is_refused(whole, holder, tmp_path, capsys, flag):
+def test_a_folder_in_use_is_refused(
+    whole,
+    holder,
+    tmp_path,
+    capsys,
+    flag,
+):
     if flag:
         shutil.copytree(whole, tmp_path / "run", dirs_exist_ok=True)
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
@@ -353,7 +365,14 @@ def test_a_file_system_without_locks_is_trusted(tmp_path, monkeypatch):
         ("last.pt", b"\x80\x02garbage", "last.pt is no whole checkpoint"),
     ],
 )
-def test_a_file_of_another_kind_is_named_in_one_line(whole, tmp_path, capsys, name, content, says):
+def test_a_file_of_another_kind_is_named_in_one_line(
+    whole,
+    tmp_path,
+    capsys,
+    name,
+    content,
+    says,
+):
     run = shutil.copytree(whole, tmp_path / "run")
     (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert resume(run) == 2

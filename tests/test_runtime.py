@@ -189,7 +189,13 @@ def refuse(monkeypatch, where: str, number: int) -> None:
         (errno.ENOSPC, OSError),
     ],
 )
-def test_output_dir_names_folder_reason_and_cure(own_folders, monkeypatch, where, number, kind):
+def test_output_dir_names_folder_reason_and_cure(
+    own_folders,
+    monkeypatch,
+    where,
+    number,
+    kind,
+):
     refuse(monkeypatch, where, number)
     with pytest.raises(kind) as error:
         runtime.output_dir("lesson_05")

@@ -81,7 +81,13 @@ def sampled(betas, variance, target, n):
     )
 
 
-def assert_moments(x, mean, cov, errors=4.5, bias=0.0):
+def assert_moments(
+    x,
+    mean,
+    cov,
+    errors=4.5,
+    bias=0.0,
+):
     """Within `errors` standard errors of n normal draws, for the covariance √((C_ii C_jj + C_ij²) /
     n), plus a known bias.
     """

@@ -662,7 +662,13 @@ def test_training_in_another_thread_leaves_signals_alone(fresh):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("stop", [1, 5, 6, 11])
 @pytest.mark.parametrize("way", ["stop button", "break", "new state"])
-def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(fresh, tmp_path, way, stop, dropout):
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(
+    fresh,
+    tmp_path,
+    way,
+    stop,
+    dropout,
+):
     arguments = dict(held_out=HELD_OUT, evaluate_every=4)
     torch.manual_seed(3)
     whole = fresh(dropout=dropout)
@@ -932,7 +938,12 @@ def one_thread():
 @pytest.mark.parametrize("way", ["signal", "error", "kill"])
 @pytest.mark.parametrize("point", POINTS)
 def test_an_interrupted_run_goes_on_bit_for_bit_from_a_whole_file(
-    tmp_path, point, way, request, in_peace, one_thread
+    tmp_path,
+    point,
+    way,
+    request,
+    in_peace,
+    one_thread,
 ):
     losses, state, folder = {}, a_run(0), tmp_path
     if way == "signal":

@@ -61,7 +61,11 @@ class Plan:
 
 
 def plan(
-    cfg: TrainConfig, n: int, sampler: str = "ddim", steps: int | None = None, seed: int = 0
+    cfg: TrainConfig,
+    n: int,
+    sampler: str = "ddim",
+    steps: int | None = None,
+    seed: int = 0,
 ) -> Plan:
     """Return a `Plan` that fits `cfg`.
 
@@ -92,7 +96,11 @@ def times_of(cfg: TrainConfig, how: Plan) -> list[int]:
 
 
 def draw(
-    model: nn.Module, cfg: TrainConfig, how: Plan, device, wanted=()
+    model: nn.Module,
+    cfg: TrainConfig,
+    how: Plan,
+    device,
+    wanted=(),
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Return the drawn images, and the states x_t of the first batch at the times `wanted`.
 

@@ -323,7 +323,12 @@ def begin(state: training.TrainState, folder: Path, train_set: data.ImageSet, re
 
 
 def run_loop(
-    state: training.TrainState, folder: Path, images, held_out, labels, writer=None
+    state: training.TrainState,
+    folder: Path,
+    images,
+    held_out,
+    labels,
+    writer=None,
 ) -> None:
     """Train to the end or until the run is stopped, logging in process 0.
 

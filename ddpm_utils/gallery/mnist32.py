@@ -81,7 +81,12 @@ class Level(nn.Module):
     """
 
     def __init__(
-        self, channels: int, attention: bool, onwards: nn.Module, dropout: float, mend: bool
+        self,
+        channels: int,
+        attention: bool,
+        onwards: nn.Module,
+        dropout: float,
+        mend: bool,
     ):
         super().__init__()
         self.first, self.second = Residual(channels, dropout), Residual(channels, dropout)
