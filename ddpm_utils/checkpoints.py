@@ -137,6 +137,7 @@ def read(path: Path | str) -> dict:
             f"no checkpoint at {runtime.short_path(path)}: train first, or look for last.pt and "
             "best.pt in the run's folder"
         )
+    # check the checksums and read the file
     try:
         with zipfile.ZipFile(path) as file:  # PyTorch itself does not look at the checksums
             if file.testzip():
@@ -147,6 +148,7 @@ def read(path: Path | str) -> dict:
             f"{runtime.short_path(path)} is no whole checkpoint ({type(error).__name__}): take "
             "another, such as best.pt"
         ) from error
+    # check the origin, the schema and the entries
     if (
         not isinstance(payload, dict)
         or "schema" not in payload
@@ -197,6 +199,7 @@ def load(path: Path | str, state, strict: bool = True):
     describe one run (`TrainConfig.contradictions`); otherwise, only the fields that decide what the
     weights mean must agree.
     """
+    # compare the configs
     path, payload = Path(path), read(path)
     saved = config.from_dict(payload["config"])
     differing = state.cfg.contradictions(saved) if strict else state.cfg.differences(saved)
@@ -205,10 +208,12 @@ def load(path: Path | str, state, strict: bool = True):
             f"the config does not match {runtime.short_path(path)} (yours against the file's): "
             f"{'; '.join(differing)}"
         )
+    # check all entries before the state changes
     _check_entries(path, payload, ENTRIES)
     check_weights(path, payload["model"], state.model)
     check_weights(path, payload["ema"], state.ema.model)
     _check_rng(path, payload["rng"])
+    # load the optimizer, the weights and the counters
     _load_optimizer(path, payload["optimizer"], state.optimizer)
     state.model.load_state_dict(payload["model"])
     state.ema.model.load_state_dict(payload["ema"])
@@ -221,6 +226,7 @@ def load(path: Path | str, state, strict: bool = True):
         # an earlier version's file has only the shape of its images, or nothing
         shape = payload.get("data_shape")
         state.data = payload.get("data") or ({"shape": list(shape)} if shape else None)
+    # restore the random generators
     torch.set_rng_state(payload["rng"])
     if payload["rng_cuda"] is not None and state.device.type == "cuda":
         torch.cuda.set_rng_state(payload["rng_cuda"], state.device)

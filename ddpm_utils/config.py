@@ -341,6 +341,7 @@ def for_this_run(cfg: TrainConfig) -> TrainConfig:
     if not runtime.is_fast():
         return cfg
     timesteps = min(cfg.timesteps, 50)
+    # shrink the data for a network of fixed widths
     if cfg.model != "unet":
         size = cfg.image_size if cfg.model == "article" else 8
         cfg = cfg.replace(
@@ -349,6 +350,7 @@ def for_this_run(cfg: TrainConfig) -> TrainConfig:
             image_size=size,
             pad=min(cfg.pad, 2),
         )
+    # shrink the schedule, our network and the run
     return cfg.replace(
         timesteps=timesteps,
         beta_scale=min(cfg.beta_scale * cfg.timesteps / timesteps, 40.0),

@@ -191,6 +191,7 @@ def load_images(
             f"image_size={image_size} with pad={pad} leaves no pixels: keep 0 ≤ pad < image_size "
             "/ 2"
         )
+    # choose a source; the digits are the last resort
     found = None if dataset == "digits" else _from_folders(dataset, split)
     fell_back = dataset != "digits" and found is None
     if found is None:
@@ -200,6 +201,7 @@ def load_images(
     if fell_back:
         source += f", because {TITLES[dataset]} is neither on disk nor to be downloaded"
         dataset = "digits"
+    # resize and pad
     inner = image_size - 2 * pad
     if images.shape[-1] != inner:
         images = (
@@ -209,6 +211,7 @@ def load_images(
             .to(torch.uint8)
         )
     images = F.pad(images, [pad] * 4)
+    # report where the images come from
     if say or fell_back:
         print(
             f"data: {TITLES[dataset]}, {split} split, {len(images):,} images of "
@@ -331,6 +334,7 @@ def _choose(dataset: str, override: Path | None, own: Path) -> tuple[Path | None
     The set is downloaded if necessary.
     """
     title = TITLES[dataset]
+    # look in DDPM_DATA_DIR first
     if override is not None:
         folder = raw_folder(dataset, override)
         files = read_files(dataset, folder)
@@ -346,6 +350,7 @@ def _choose(dataset: str, override: Path | None, own: Path) -> tuple[Path | None
             f"data: no {title} in DDPM_DATA_DIR ({inside} in {runtime.short_path(override)} "
             "holds none of its files), looking further"
         )
+    # look in the data folder and download what it lacks
     folder = raw_folder(dataset, own)
     files = read_files(dataset, folder)
     if not files.whole and _download(dataset, own):
@@ -378,11 +383,13 @@ def _download(dataset: str, root: Path) -> bool:
     The files come from a mirror that answers within 5 s. No file in the folder changes before all
     new files have arrived complete, and none of the user's files is deleted.
     """
+    # list the files that are missing or damaged
     folder = raw_folder(dataset, root)
     found = read_files(dataset, folder)
     wanted = [file for file in CONTENTS[dataset] if file not in found.contents]
     for mirror in _answering(_mirrors(dataset), wanted[0]):
         try:
+            # download to a temporary folder and check the contents
             runtime.make_folder(folder)
             with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
                 _fetch(mirror, wanted, Path(temporary))
@@ -390,6 +397,7 @@ def _download(dataset: str, root: Path) -> bool:
                 wrong = [file for file in wanted if file not in good]
                 if wrong:
                     raise ValueError(f"damaged at {mirror}: {', '.join(wrong)}")
+                # move the files into place and keep the damaged ones
                 kept = _set_aside([folder / file for file in wanted if file in found.damaged])
                 for file in wanted:
                     os.replace(Path(temporary, file), folder / file)
@@ -399,6 +407,7 @@ def _download(dataset: str, root: Path) -> bool:
                 f"data: the download of {TITLES[dataset]} failed ({type(error).__name__}: {error})"
             )
             continue
+        # report the download
         aside = (
             f"; the damaged files that they replace are kept in {runtime.short_path(kept)}"
             if kept

@@ -402,6 +402,7 @@ def nearest_neighbors(
         )
     points, found = points.flatten(1), []
     for part in queries.flatten(1).split(256):
+        # find the nearest points, one chunk at a time
         near, index = (
             part.new_empty((len(part), 0), dtype=torch.float32),
             part.new_empty((len(part), 0), dtype=torch.long),
@@ -411,11 +412,12 @@ def nearest_neighbors(
             numbers = torch.arange(start, start + distances.shape[1], device=part.device).expand_as(
                 distances
             )
+            # merge the chunk with the nearest so far
             near, order = torch.cat([near, distances], dim=1).topk(
                 min(k, start + chunk, len(points)), largest=False
             )
             index = torch.cat([index, numbers], dim=1).gather(1, order)
-        # Apple's GPUs lack float64
+        # compute exact distances, on the CPU because Apple's GPUs lack float64
         difference = points[index].cpu().double() - part.cpu().double()[:, None]
         exact, order = difference.norm(dim=2).sort(dim=1, stable=True)
         found.append((exact, index.cpu().gather(1, order)))
@@ -603,8 +605,10 @@ def bits_per_dimension(
     calls give the same total on average (see `weighted_timesteps`). A network is in eval mode
     during the computation. `generator` must be on the CPU.
     """
+    # choose the terms to compute for each image
     times, weights = weighted_timesteps(len(check_images(images)), len(schedule), calls, generator)
     terms, priors = torch.empty_like(weights), []
+    # compute the terms, one batch at a time
     with eval_mode(denoise):
         for rows in torch.arange(len(images)).split(batch_size):
             x0 = images[rows].cpu().double() / 127.5 - 1
@@ -614,6 +618,7 @@ def bits_per_dimension(
                 terms[rows, column] = bound_term(
                     denoise, schedule, x0, times[rows, column], eps, variance
                 )
+    # sum over the terms of each image, and average each term over the images
     totals = torch.cat(priors) + (weights * terms).sum(dim=1)
     seen = times.flatten().bincount(minlength=len(schedule))
     mean_terms = (

@@ -118,10 +118,12 @@ def train_and_test(
     """
     form = (image_size, channels, pad)
     _check_form(*form)
+    # list the files and decide whether the images fit in memory
     listing = _list(folder)
     size = len(listing.paths) * channels * image_size**2
     if stream is None:
         stream = size > LARGEST_SHARE * min(map(runtime.free_memory, ("cpu", device)))
+    # read every file once
     rows, good = _read_all(listing, form, stream, strict, progress)
     if stream:
         whole = FolderImages(good, *form, digests=[bytes(row) for row in rows.numpy()])
@@ -129,6 +131,7 @@ def train_and_test(
     else:
         whole, more = rows, ""
     _say(tuple(whole.shape), listing, more)
+    # split off the held-out images
     n = len(whole)
     if n < 2:
         raise ValueError(
@@ -292,6 +295,7 @@ def _list(folder: Path | str) -> _Listing:
     shown = runtime.short_path(folder)
     if not listing.folder.is_dir():
         raise FileNotFoundError(f"no folder {shown}")
+    # collect the image files and count the others
     files = {}
     for here, names in _walk(listing, shown):
         for name in names:
@@ -305,6 +309,7 @@ def _list(folder: Path | str) -> _Listing:
             else:
                 listing.others[suffix] += 1
     listing.files = {path: files[path] for path in sorted(files)}
+    # explain why there are no images
     if not files:
         left_out = f"; {_runs_left_out(listing)}" if listing.runs else ""
         if listing.closed:

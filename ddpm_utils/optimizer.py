@@ -55,12 +55,15 @@ class Muon(torch.optim.AdamW):
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if not group["shape"] or not weights:
                 continue
+            # stack gradients of the same shape as matrices
             gradient = torch.stack([weight.grad.movedim(1, -1).flatten(1) for weight in weights])
+            # update the momentum and orthogonalize the step
             state = self.state[weights[0]]
             if not state:  # AdamW expects a step when it loads a saved state
                 state |= {"momentum": torch.zeros_like(gradient), "step": torch.zeros(())}
             momentum = state["momentum"].lerp_(gradient, 1 - self.momentum)
             steps = orthogonalize(gradient.lerp(momentum, self.momentum))  # Nesterov momentum
+            # decay the weights and take the step
             rate = group["lr"] * 0.2 * max(group["shape"]) ** 0.5
             for weight, step in zip(weights, steps, strict=True):
                 rows = weight.movedim(1, -1)

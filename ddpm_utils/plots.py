@@ -145,6 +145,7 @@ def strip(
     for name, x in rows.items():
         if len(x) != k:
             raise ValueError(f"row {name!r} holds {len(x)} images, but there are {k} titles")
+    # make the axes, with room for the titles
     cell = width / k
     lines = 1 + max(text.count("\n") for text in titles)
     fig, axes = figure(
@@ -154,6 +155,7 @@ def strip(
         height=cell * len(rows) + 0.2 * lines + (0.3 if title else 0),
         squeeze=False,
     )
+    # draw the images and label the rows
     for axes_row, (name, x) in zip(axes, rows.items(), strict=True):
         for ax, image in zip(axes_row, x, strict=True):
             _imshow(ax, tile(image[None]))
@@ -161,6 +163,7 @@ def strip(
             axes_row[0].axis("on")
             axes_row[0].set(xticks=[], yticks=[], ylabel=name)
             axes_row[0].spines[:].set_visible(False)
+    # add the titles
     for ax, text in zip(axes[0], titles, strict=True):
         ax.set_title(text, fontsize=9)
     if title:
@@ -202,6 +205,7 @@ def save_gif(
     there are no frames, if they have different shapes or are not floats in model range, or if a
     setting is outside its range.
     """
+    # check the frames and the settings
     frames = list(frames)
     if not frames:
         raise ValueError(
@@ -219,12 +223,14 @@ def save_gif(
     ):
         if not low <= value <= high:
             raise ValueError(f"{name}={value} is outside {low} … {high}")
+    # tile the frames, reduce their gray levels and enlarge their pixels
     step = 255 / (grays - 1)
     images = []
     for frame in frames:
         image = tile(frame, columns, gap=1)
         image = (np.round(np.round(image / step) * step)).astype(np.uint8)
         images.append(image.repeat(scale, axis=0).repeat(scale, axis=1))
+    # write the animation
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # a single frame takes a number, not a list

@@ -151,6 +151,7 @@ def train(
     for its timeout instead).
     """
     cfg, first = state.cfg, state.step
+    # prepare the data and check the folder
     facts = describe_data(images, labels)
     images, labels, ahead = _bring(state, images, labels, held_out)
     if folder is not None and distributed.rank() == 0:
@@ -160,6 +161,7 @@ def train(
     state.model.train()
     state.stopped, state.unsaved = False, None
     with _stop_between_steps(state), distributed.lost_worker(lambda: _lost(state, folder)), ahead:
+        # check that every process, and a resumed run, has the same data
         distributed.agree(step=state.step, config=cfg.run_name(), **facts)
         check_same_data(state, facts)
         state.data = facts

@@ -54,6 +54,7 @@ def spaced_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "unifor
             f"steps={steps} is outside 1 … {last + 1}: a schedule of T={last + 1} has no other "
             "times"
         )
+    # space the times by the chosen rule
     share = 1 - torch.linspace(0, 1, steps, dtype=torch.float64)  # of the range, descending
     if spacing == "uniform":
         times = last * share
@@ -67,6 +68,7 @@ def spaced_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "unifor
         raise ValueError(
             f"spacing={spacing!r} is not known: choose 'uniform', 'quadratic' or 'log_snr'"
         )
+    # round the times and shift those that coincide
     i = torch.arange(steps)
     rising = (times.round().long().flip(0) - i).cummax(dim=0).values + i
     return rising.minimum(i + last + 1 - steps).flip(0).tolist()

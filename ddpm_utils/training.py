@@ -32,6 +32,7 @@ def sample_timesteps(
     removes most of the variance of its value. With `middle`, s = t/T has the density 6·s·(1 − s),
     which weights the loss (as in 2403.03206, 3.1) and gives better images sooner.
     """
+    # draw one value from each n-th part of 0 … 1
     u = torch.rand(n, generator=generator, device=device)
     part = torch.randperm(n, generator=generator, device=device)
     s = (part + u) / n
@@ -68,8 +69,10 @@ def train_step(
     The step computes the loss and the gradient, clips the gradient to norm `grad_clip`, and updates
     the weights.
     """
+    # compute the loss, in lower precision where that is faster
     with runtime.autocast(x0.device):
         loss = diffusion_loss(model, schedule, x0, t, eps, target, y)
+    # update the weights with the clipped gradient
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
@@ -255,14 +258,17 @@ def loss_per_timestep(
     `timesteps` has shape (N,). None spreads the timesteps evenly.
     """
     device = schedule.betas.device
+    # fix the noise and the timesteps
     rng = torch.Generator(device=device).manual_seed(seed)
     if timesteps is None:
         timesteps = torch.linspace(0, len(schedule) - 1, len(images)).long()
     losses = []
     with eval_mode(model):
         for x_u8, t in zip(images.split(batch_size), timesteps.split(batch_size), strict=True):
+            # add noise to a batch
             x0, t = to_model_range(x_u8, data_range).to(device), t.to(device)
             eps = torch.randn(x0.shape, generator=rng, device=device)
+            # measure the error of the prediction
             prediction = model(q_sample(schedule, x0, t, eps), t, None)
             losses.append(
                 (prediction - training_target(schedule, x0, t, eps, target))

@@ -194,12 +194,15 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         check_input(x, t, y, self)
+        # embed the timestep and the label
         emb = self.time(t)
         if self.label is not None:
             emb = emb + self.label(torch.full_like(t, self.num_classes) if y is None else y)
+        # go down the levels and collect the skips
         h, skips = self.stem(fold_pixels(x, self.fold)), []
         for i, level in enumerate(self.downs):
             h = level(h if i == 0 else self.shrinks[i - 1](h), emb, skips)
+        # go up the levels and concatenate the skips
         for i, level in reversed(list(enumerate(self.ups))):
             h = level(h, emb, skips)
             h = self.grows[i - 1](h) if i > 0 else h
@@ -230,6 +233,7 @@ def check_input(x: Tensor, t: Tensor, y: Tensor | None, model: UNet) -> None:
 
     The message for a wrong height or width names the nearest sizes that work.
     """
+    # check the images
     if x.ndim != 4 or x.shape[1] != model.channels:
         raise ValueError(
             f"x_t has shape {tuple(x.shape)}, expected (batch, {model.channels}, height, width)"
@@ -241,11 +245,13 @@ def check_input(x: Tensor, t: Tensor, y: Tensor | None, model: UNet) -> None:
             f"height × width {x.shape[2]} × {x.shape[3]} must be multiples of {d}: try "
             f"{' or '.join(map(str, sizes))}"
         )
+    # check the timesteps
     if t.shape != x.shape[:1] or t.is_floating_point():
         raise ValueError(
             f"t has shape {tuple(t.shape)} and dtype {t.dtype}, expected ({len(x)},) whole "
             "numbers: one timestep an image"
         )
+    # check the labels
     if y is not None and model.label is None:
         raise ValueError(
             "labels y were given, but this network was built with num_classes=0: build it with "

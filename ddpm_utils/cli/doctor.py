@@ -110,6 +110,7 @@ def check_data() -> list[str]:
     from .. import data, runtime
 
     problems, sets = [], ("fashion_mnist", "mnist")
+    # choose the folders to search
     named, own = runtime.data_dir_override(), runtime.data_dir()
     places = (
         {"the data folder": own}
@@ -117,6 +118,7 @@ def check_data() -> list[str]:
         else {"DDPM_DATA_DIR": named, "the data folder": own}
     )
     nothing_named = named is not None and named.is_dir()
+    # look for each data set, and stop at the first folder with files of it
     for dataset in sets:
         state = "not on disk: a lesson downloads it, or falls back to scikit-learn's digits"
         for place, root in places.items():
@@ -133,6 +135,7 @@ def check_data() -> list[str]:
                 )
             break
         print(f"      {data.TITLES[dataset]:14}{state}")
+    # report a DDPM_DATA_DIR without any data set
     if nothing_named:
         wanted = " nor ".join(
             data.raw_folder(dataset, named).relative_to(named).as_posix() for dataset in sets

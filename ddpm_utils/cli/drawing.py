@@ -107,6 +107,7 @@ def draw(
     The images are (n, C, H, W) in model range on the CPU; the states are {t: x_t}. A network with
     labels draws them in turn: 0, 1, 2, … and again.
     """
+    # prepare the denoiser, the batches and the samplers
     schedule = make_schedule(**cfg.noise()).to(device)
     denoise = Denoiser(model, schedule, cfg.target, how.clamp and cfg.data_range == "symmetric")
     rng = torch.Generator(device=device).manual_seed(how.seed)
@@ -125,8 +126,10 @@ def draw(
     bar = tqdm(total=len(batches) * (how.steps + 1), desc="draw", unit="call", disable=None)
     wanted, kept, parts = set(wanted), {}, []
     for numbers in batches:
+        # choose the shape and the labels of a batch
         shape = (len(numbers), cfg.channels, cfg.image_size, cfg.image_size)
         y = (numbers % cfg.num_classes).to(device) if cfg.num_classes else None
+        # run the sampler, and keep the wanted states of the first batch
         for t, x_t, _ in samplers[how.sampler](shape, y):
             bar.update()
             if not parts and t in wanted:

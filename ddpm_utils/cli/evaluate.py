@@ -23,6 +23,7 @@ def run(options: flags.Evaluate) -> int:
     too few images for `n`, or if the weights draw a folder of images.
     """
     with contextlib.redirect_stdout(sys.stderr):
+        # load the weights and plan the drawing
         device = runtime.pick_device(options.device)
         model, cfg = drawing.load_weights(options.weights, device)
         if cfg.folder:
@@ -31,6 +32,7 @@ def run(options: flags.Evaluate) -> int:
                 "of images has no labels"
             )
         how = drawing.plan(cfg, options.n, options.sampler, options.steps, options.seed)
+        # load both splits of the data set and check their sizes
         train_set = data.load_images(cfg.dataset, image_size=cfg.image_size, pad=cfg.pad)
         test_set = data.load_images(cfg.dataset, "test", cfg.image_size, cfg.pad, say=False)
         if train_set.title != data.TITLES[cfg.dataset]:
@@ -43,12 +45,14 @@ def run(options: flags.Evaluate) -> int:
             raise ValueError(
                 f"n={how.n} is outside 20 … {most}: the floor needs as many images of the test set"
             )
+        # draw images and compare their features with those of real images
         classifier = pretrained.obtain_classifier(train_set, device)
         x, _ = drawing.draw(model, cfg, how, device)
         reference, held_out = (
             features_of(classifier, part.images) for part in (train_set, test_set)
         )
         report = evaluation.compare(classifier, to_image_range(x), reference, held_out, how.seed)
+    # print the metrics
     if options.json:
         about = {
             "weights": options.weights,

@@ -127,9 +127,11 @@ def parse(words: list[str] | None = None) -> Train | Sample | Evaluate | Doctor:
             description=about,
             config=config,
         )
+    # parse the flags of one command
     command = tyro.cli(
         COMMANDS[words[0]], args=words[1:], prog=f"{PROGRAM} {words[0]}", config=config
     )
+    # record which fields of the config were named
     if isinstance(command, Train):
         named = {
             word.split("=")[0].removeprefix("--").replace("-", "_")

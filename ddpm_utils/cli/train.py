@@ -50,10 +50,12 @@ def run(options: flags.Train) -> int:
     with distributed.group(options.device) as device, contextlib.ExitStack() as stack:
         if distributed.rank() > 0:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # only process 0 prints
+        # prepare the run and claim its folder
         cfg, folder, train_set, test_set = prepare(options, device)
         state = build(cfg, train_set, device)
         distributed.first_process_only(lambda: stack.enter_context(claim(folder, options.resume)))
         begin(state, folder, train_set, options.resume)
+        # train to the end or until the run is stopped
         labels = train_set.labels if cfg.num_classes else None
         run_loop(
             state,
@@ -69,6 +71,7 @@ def run(options: flags.Train) -> int:
                 file=sys.stderr,
             )
             return 130
+        # draw samples with the averaged weights
         if distributed.rank() == 0:
             how = drawing.plan(cfg, runtime.shrink(SAMPLES, 4), seed=cfg.seed)
             x, _ = drawing.draw(state.ema.model, cfg, how, device)
@@ -171,9 +174,11 @@ def saved_config(folder: Path) -> TrainConfig:
         raise FileNotFoundError(
             f"no run to resume in {folder}: it has neither last.pt nor config.json"
         )
+    # read the config in last.pt, if there is one
     cfg = config.from_dict(checkpoints.read(last)["config"]) if last.is_file() else None
     if not written.is_file():
         return cfg
+    # read config.json
     try:
         values = json.loads(written.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -181,6 +186,7 @@ def saved_config(folder: Path) -> TrainConfig:
             f"{written} is no JSON ({error}): write it anew, or delete it if last.pt is there"
         ) from error
     noted = from_json(values, written)
+    # compare the two configs
     differing = [] if cfg is None else noted.contradictions(cfg)
     if differing:
         raise ValueError(
@@ -284,11 +290,13 @@ def begin(state: training.TrainState, folder: Path, train_set: data.ImageSet, re
     if the run has made more steps than its config, or the flag --epochs, specifies.
     """
     cfg = state.cfg
+    # load the checkpoint and check that the data is the same
     if resume and (folder / "last.pt").is_file():
         checkpoints.load(folder / "last.pt", state)
         facts = runs.describe_data(train_set.images, train_set.labels if cfg.num_classes else None)
         distributed.agree(step=state.step, **facts)
         runs.check_same_data(state, facts)
+    # compare the steps made with the steps planned
     total, made = cfg.steps(len(train_set)), state.step
     if made > total:
         passes = made * cfg.batch_size / len(train_set)
@@ -296,9 +304,11 @@ def begin(state: training.TrainState, folder: Path, train_set: data.ImageSet, re
             f"epochs={cfg.epochs:g} is {total:,} steps, and this run has made {made:,}: give more "
             f"than {passes:.3g}"
         )
+    # store the config beside the checkpoints
     if distributed.rank() == 0:
         with runtime.whole_file(folder / "config.json") as file:
             file.write((json.dumps(cfg.to_dict(), indent=2) + "\n").encode())
+    # describe the run and give hints about its length
     size = sum(weights.numel() for weights in state.model.parameters())
     where = runtime.hardware(state.device) + (
         f", {distributed.world()} processes" if distributed.world() > 1 else ""

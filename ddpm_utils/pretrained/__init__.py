@@ -104,6 +104,7 @@ def obtain(cfg: TrainConfig, device="cpu", seconds: float = 60.0) -> torch.nn.Mo
     announced in capitals.
     """
     model = build(cfg)
+    # look for the reader's own checkpoints, newest first
     files = sorted(
         runtime.checkpoint_dir("lesson_04").glob("*/last.pt"),
         key=lambda path: path.stat().st_mtime,
@@ -121,6 +122,7 @@ def obtain(cfg: TrainConfig, device="cpu", seconds: float = 60.0) -> torch.nn.Mo
         model.load_state_dict(payload["ema"])
         print(f"weights: your own, from {runtime.short_path(path)}, {payload['step']:,} steps")
         return runtime.place(model, device).eval()
+    # otherwise use shipped weights
     name = matching(cfg)
     if name is not None:
         made = card(name)
@@ -129,6 +131,7 @@ def obtain(cfg: TrainConfig, device="cpu", seconds: float = 60.0) -> torch.nn.Mo
             f"{made['hardware']}"
         )
         return load(name, device)[0]
+    # otherwise train here
     print(
         f"WEIGHTS: NONE FIT THIS CONFIG. Training for {seconds:.0f} s now; expect rough images. "
         "Lesson 04 trains properly."

@@ -36,11 +36,13 @@ def make(name: str) -> Path:
 
     Returns the card's path.
     """
+    # set up the data and the network
     cfg = RECIPES[name]
     device = runtime.pick_device()
     runtime.seed_everything(cfg.seed)
     train_set, test_set = _real_images(cfg.dataset)
     state = training.TrainState(cfg, build(cfg), device)
+    # continue from the last checkpoint, if there is one
     folder = runtime.checkpoint_dir(f"pretrained_{name}")
     minutes_file = folder / "minutes.json"
     minutes = 0.0
@@ -48,6 +50,7 @@ def make(name: str) -> Path:
         checkpoints.load(folder / "last.pt", state)
         minutes = json.loads(minutes_file.read_text())
         print(f"{name}: goes on from step {state.step}, after {minutes:.1f} minutes")
+    # train and keep track of the time
     start = time.perf_counter() - 60 * minutes
     labels = train_set.labels if cfg.num_classes else None
     for record in runs.train(state, train_set.images, test_set.images[:2048], folder, 250, labels):
@@ -64,6 +67,7 @@ def make(name: str) -> Path:
         raise SystemExit(
             f"{name}: stopped at step {state.step}; the same command goes on from there"
         )
+    # write the weights and the card
     torch.save(state.ema.model.state_dict(), FOLDER / f"{name}.pt")
     return _write_card(
         name,
@@ -88,15 +92,18 @@ def make_classifier(dataset: str) -> Path:
     """
     recipe, device = CLASSIFIERS[dataset], runtime.pick_device()
     train_set, test_set = _real_images(dataset)
+    # train and measure the time
     start = time.perf_counter()
     model = train_classifier(
         train_set.images, train_set.labels, len(train_set.classes), **recipe, device=device
     )
     minutes = (time.perf_counter() - start) / 60
+    # measure the accuracy on the test set
     right = (
         class_probabilities(model, extract_features(model, test_set.images)).argmax(dim=1)
         == test_set.labels
     )
+    # write the weights and the card
     torch.save(model.state_dict(), FOLDER / f"{CLASSIFIER}{dataset}.pt")
     return _write_card(
         CLASSIFIER + dataset,
