@@ -161,7 +161,7 @@ def train(
     state.model.train()
     state.stopped, state.unsaved = False, None
     with _stop_between_steps(state), distributed.lost_worker(lambda: _lost(state, folder)), ahead:
-        # check that every process, and a resumed run, has the same data
+        # check that the processes agree and that a resumed run has the same data
         distributed.agree(step=state.step, config=cfg.run_name(), **facts)
         check_same_data(state, facts)
         state.data = facts

@@ -265,11 +265,11 @@ def loss_per_timestep(
     losses = []
     with eval_mode(model):
         for x_u8, t in zip(images.split(batch_size), timesteps.split(batch_size), strict=True):
-            # add noise to a batch
+            # add noise to a batch and predict the target
             x0, t = to_model_range(x_u8, data_range).to(device), t.to(device)
             eps = torch.randn(x0.shape, generator=rng, device=device)
-            # measure the error of the prediction
             prediction = model(q_sample(schedule, x0, t, eps), t, None)
+            # measure the error of each image
             losses.append(
                 (prediction - training_target(schedule, x0, t, eps, target))
                 .square()

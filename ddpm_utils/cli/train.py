@@ -50,7 +50,7 @@ def run(options: flags.Train) -> int:
     with distributed.group(options.device) as device, contextlib.ExitStack() as stack:
         if distributed.rank() > 0:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # only process 0 prints
-        # prepare the run and claim its folder
+        # prepare the run, claim its folder, and begin or resume it
         cfg, folder, train_set, test_set = prepare(options, device)
         state = build(cfg, train_set, device)
         distributed.first_process_only(lambda: stack.enter_context(claim(folder, options.resume)))
@@ -178,7 +178,7 @@ def saved_config(folder: Path) -> TrainConfig:
     cfg = config.from_dict(checkpoints.read(last)["config"]) if last.is_file() else None
     if not written.is_file():
         return cfg
-    # read config.json
+    # read the config that a user may have edited
     try:
         values = json.loads(written.read_text(encoding="utf-8"))
     except ValueError as error:
