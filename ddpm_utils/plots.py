@@ -145,7 +145,7 @@ def strip(
     for name, x in rows.items():
         if len(x) != k:
             raise ValueError(f"row {name!r} holds {len(x)} images, but there are {k} titles")
-    # make the axes, with room for the titles
+    # make the axes, with space for the titles
     cell = width / k
     lines = 1 + max(text.count("\n") for text in titles)
     fig, axes = figure(
