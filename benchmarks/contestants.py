@@ -207,16 +207,12 @@ class Ours(Training):
 
     def set_up(self, seed: int, compiled: bool) -> None:
         self.run = training.TrainState(self.cfg, self.model, self.device)
-        self.model, self.average, self.optimizer = (
-            self.run.model,
-            self.run.ema.model,
-            self.run.optimizer,
-        )
-        self.schedule, self.target, self.batch_size = (
-            self.run.schedule,
-            self.cfg.target,
-            self.cfg.batch_size,
-        )
+        self.model = self.run.model
+        self.average = self.run.ema.model
+        self.optimizer = self.run.optimizer
+        self.schedule = self.run.schedule
+        self.target = self.cfg.target
+        self.batch_size = self.cfg.batch_size
         # On a GPU this mode records CUDA graphs; the weights belong to `model` all the same.
         self.forward = torch.compile(self.model, mode="reduce-overhead") if compiled else self.model
 

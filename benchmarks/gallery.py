@@ -309,14 +309,12 @@ class Bench:
         device: torch.device,
         command: str,
     ):
-        self.names, self.mark, self.n, self.out, self.device, self.command = (
-            names,
-            mark,
-            n,
-            out,
-            device,
-            command,
-        )
+        self.names = names
+        self.mark = mark
+        self.n = n
+        self.out = out
+        self.device = device
+        self.command = command
         self.sets = real_sets()
         self.same = machine(device, self.sets[0].title)
         self.rows = comparable_rows(out, self.same)

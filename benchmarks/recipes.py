@@ -110,14 +110,12 @@ class Bench:
         compiled: bool,
         command: str,
     ):
-        self.plan, self.out, self.n, self.device, self.compiled, self.command = (
-            plan,
-            out,
-            n,
-            device,
-            compiled,
-            command,
-        )
+        self.plan = plan
+        self.out = out
+        self.n = n
+        self.device = device
+        self.compiled = compiled
+        self.command = command
         train_set, test_set = real_sets()
         if n > len(test_set):
             raise SystemExit(

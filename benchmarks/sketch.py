@@ -30,10 +30,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(GROUPS, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(TIME, 2 * c_out)
-        self.norm2, self.conv2 = (
-            nn.GroupNorm(GROUPS, c_out),
-            zero(nn.Conv2d(c_out, c_out, 3, padding=1)),
-        )
+        self.norm2 = nn.GroupNorm(GROUPS, c_out)
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -49,11 +47,9 @@ class Attention(nn.Module):
 
     def __init__(self, c: int):
         super().__init__()
-        self.norm, self.qkv, self.out = (
-            nn.GroupNorm(GROUPS, c),
-            nn.Conv2d(c, 3 * c, 1),
-            zero(nn.Conv2d(c, c, 1)),
-        )
+        self.norm = nn.GroupNorm(GROUPS, c)
+        self.qkv = nn.Conv2d(c, 3 * c, 1)
+        self.out = zero(nn.Conv2d(c, c, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape

@@ -217,11 +217,9 @@ def load(path: Path | str, state, strict: bool = True):
     _load_optimizer(path, payload["optimizer"], state.optimizer)
     state.model.load_state_dict(payload["model"])
     state.ema.model.load_state_dict(payload["ema"])
-    state.ema.updates, state.step, state.best = (
-        payload["ema_updates"],
-        payload["step"],
-        payload["best"],
-    )
+    state.ema.updates = payload["ema_updates"]
+    state.step = payload["step"]
+    state.best = payload["best"]
     if strict:
         # an earlier version's file has only the shape of its images, or nothing
         shape = payload.get("data_shape")

@@ -403,10 +403,8 @@ def nearest_neighbors(
     points, found = points.flatten(1), []
     for part in queries.flatten(1).split(256):
         # find the nearest points, one chunk at a time
-        near, index = (
-            part.new_empty((len(part), 0), dtype=torch.float32),
-            part.new_empty((len(part), 0), dtype=torch.long),
-        )
+        near = part.new_empty((len(part), 0), dtype=torch.float32)
+        index = part.new_empty((len(part), 0), dtype=torch.long)
         for start in range(0, len(points), chunk):
             distances = torch.cdist(part.float(), points[start : start + chunk].float())
             numbers = torch.arange(start, start + distances.shape[1], device=part.device).expand_as(

@@ -49,10 +49,8 @@ class GaussianDenoiser(nn.Module):
         """
         if target not in ("eps", "x0", "v"):
             raise ValueError(f"target={target!r} is not known: choose 'eps', 'x0' or 'v'")
-        alpha_bars, values = (
-            self.schedule.alpha_bars.cpu().double()[:, None],
-            self.values.cpu().double()[None],
-        )
+        alpha_bars = self.schedule.alpha_bars.cpu().double()[:, None]
+        values = self.values.cpu().double()[None]
         common = (values / (alpha_bars * values + 1 - alpha_bars)).mean(dim=1)  # the error of v
         factor = {"v": 1.0, "eps": alpha_bars[:, 0], "x0": 1 - alpha_bars[:, 0]}
         return (common * factor[target]).float()

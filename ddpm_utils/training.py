@@ -172,11 +172,9 @@ def draw_batch(
     `folders.FolderImages`. Each of several processes gets its share of the batch.
     """
     cfg, mine = state.cfg, distributed.share(state.cfg.batch_size)
-    n, timesteps, rng = (
-        cfg.batch_size,
-        len(state.schedule),
-        step_generator(cfg.seed, state.step, state.device),
-    )
+    n = cfg.batch_size
+    timesteps = len(state.schedule)
+    rng = step_generator(cfg.seed, state.step, state.device)
     # which images; the indices of a streamed batch stay on the CPU
     where = state.device if isinstance(images, Tensor) else "cpu"
     picked = batch_indices(len(images), state.step, cfg, where)

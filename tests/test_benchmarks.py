@@ -142,11 +142,9 @@ def test_unet2dmodel_is_the_one_of_3_7_million_parameters():
 
 def test_diffusers_sees_the_noise_of_its_own_scheduler(own_folders):
     made, theirs = contestant("diffusers"), DDPMScheduler(num_train_timesteps=1000)
-    x0, eps, t = (
-        torch.randn(5, 1, 28, 28),
-        torch.randn(5, 1, 28, 28),
-        torch.tensor([0, 1, 100, 700, 999]),
-    )
+    x0 = torch.randn(5, 1, 28, 28)
+    eps = torch.randn(5, 1, 28, 28)
+    t = torch.tensor([0, 1, 100, 700, 999])
     torch.testing.assert_close(
         q_sample(made.schedule, x0, t, eps), theirs.add_noise(x0, eps, t), rtol=1e-4, atol=1e-5
     )

@@ -137,10 +137,8 @@ def test_the_losses_are_a_row_a_step_and_lossless(whole, tmp_path):
         checkpoint(whole)["best"], rel=1e-8
     )
     # The same run by hand, from the package.
-    images, held_out = (
-        data.load_images("digits", image_size=8),
-        data.load_images("digits", "test", image_size=8),
-    )
+    images = data.load_images("digits", image_size=8)
+    held_out = data.load_images("digits", "test", image_size=8)
     runtime.seed_everything(cfg.seed)
     state = training.TrainState(cfg, pretrained.build(cfg))
     records = list(runs.train(state, images.images, held_out.images[:512]))
@@ -937,10 +935,11 @@ def test_rows_that_a_full_disk_refuses_wait(tmp_path, monkeypatch):
             self.file.write(content[: len(content) // 2])
             raise OSError(28, "No space left on device")
 
-        truncate, seek = (
-            (lambda self, n: self.file.truncate(n)),
-            (lambda self, n: self.file.seek(n)),
-        )
+        def truncate(self, n):
+            return self.file.truncate(n)
+
+        def seek(self, n):
+            return self.file.seek(n)
 
     with (
         monkeypatch.context() as patch,

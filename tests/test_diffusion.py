@@ -201,11 +201,9 @@ def test_posterior_is_bayes_on_a_grid(step):
     schedule = exact(cosine_betas(50))
     x0, x_t = 0.6, -0.3
     grid = torch.linspace(-12, 12, 400_001, dtype=torch.float64)
-    alpha, beta, ab_prev = (
-        schedule.alphas[step],
-        schedule.betas[step],
-        schedule.alpha_bars[step - 1],
-    )
+    alpha = schedule.alphas[step]
+    beta = schedule.betas[step]
+    ab_prev = schedule.alpha_bars[step - 1]
     log_density = -((grid - ab_prev.sqrt() * x0) ** 2) / (2 * (1 - ab_prev)) - (
         x_t - alpha.sqrt() * grid
     ) ** 2 / (2 * beta)

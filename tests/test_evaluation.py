@@ -79,10 +79,8 @@ def test_the_shipped_classifiers_are_right_as_often_as_promised(monkeypatch, dat
     if not all((raw / file).is_file() for file in data.FILES["test"]):
         pytest.skip(f"{data.TITLES[dataset]} is not on disk")
     monkeypatch.setenv("DDPM_DATA_DIR", str(REAL))
-    test_set, model = (
-        data.load_images(dataset, "test", say=False),
-        pretrained.load_classifier(dataset),
-    )
+    test_set = data.load_images(dataset, "test", say=False)
+    model = pretrained.load_classifier(dataset)
     right = (
         class_probabilities(model, extract_features(model, test_set.images)).argmax(dim=1)
         == test_set.labels
@@ -112,10 +110,8 @@ def test_features_are_taken_in_eval_mode_and_the_mode_comes_back(digits):
         torch.manual_seed(0)
         model = Classifier().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    one, all_ = (
-        extract_features(model, digits[1].images[:1]),
-        extract_features(model, digits[1].images[:20]),
-    )
+    one = extract_features(model, digits[1].images[:1])
+    all_ = extract_features(model, digits[1].images[:20])
     torch.testing.assert_close(one, all_[:1])
     assert model.training and all(
         torch.equal(before[name], value) for name, value in model.state_dict().items()
@@ -233,12 +229,10 @@ def exactly(n, mean, cov_diagonal, seed=0):
 
 
 def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
-    mean_a, mean_b, var_a, var_b = (
-        [1.0, -2.0, 0.5],
-        [0.0, 1.0, 0.5],
-        [4.0, 1.0, 0.25],
-        [1.0, 9.0, 0.25],
-    )
+    mean_a = [1.0, -2.0, 0.5]
+    mean_b = [0.0, 1.0, 0.5]
+    var_a = [4.0, 1.0, 0.25]
+    var_b = [1.0, 9.0, 0.25]
     found = frechet_distance(exactly(50, mean_a, var_a), exactly(70, mean_b, var_b, seed=1))
     expected = sum((p - q) ** 2 for p, q in zip(mean_a, mean_b, strict=True))
     expected += sum((p**0.5 - q**0.5) ** 2 for p, q in zip(var_a, var_b, strict=True))

@@ -141,10 +141,8 @@ def test_the_first_64_columns_of_mnist32_know_short_periods_alone():
 
 
 def test_the_attention_of_mnist32_drops_in_eval_mode_and_the_mended_one_does_not():
-    x, t = (
-        torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([3, 700]),
-    )
+    x = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([3, 700])
     for mend in (False, True):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
@@ -200,11 +198,9 @@ def test_a_one_batch_overfit(name):
         model = gallery.build(name, channels=1, **({"dropout": 0.0} if name == "mnist32" else {}))
         rng = torch.Generator().manual_seed(0)
         x, wanted = torch.randn(2, 4, 1, size, size, generator=rng)
-        optimizer, t, losses = (
-            torch.optim.Adam(model.parameters(), lr=lr),
-            torch.arange(4) * 200,
-            [],
-        )
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        t = torch.arange(4) * 200
+        losses = []
         for _ in range(steps):
             loss = (model(x, t) - wanted).square().mean()
             optimizer.zero_grad()
@@ -219,10 +215,8 @@ def test_a_one_batch_overfit(name):
 @pytest.mark.parametrize("name", gallery.names())
 def test_weights_saved_and_loaded_give_the_same_answers(name, tmp_path):
     size = 28 if name == "article" else 8
-    x, t = (
-        torch.randn(2, 1, size, size, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([3, 700]),
-    )
+    x = torch.randn(2, 1, size, size, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([3, 700])
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         one, other = (gallery.build(name, channels=1) for _ in range(2))

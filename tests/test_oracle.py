@@ -61,10 +61,8 @@ def test_x0_hat_is_the_posterior_mean_by_brute_force(step):
     """
     mean = torch.tensor([0.2, -0.4], dtype=torch.float64)
     cov = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)
-    schedule, x_t = (
-        exact(linear_betas(50, scale=20)),
-        torch.tensor([[0.7, -0.1]], dtype=torch.float64),
-    )
+    schedule = exact(linear_betas(50, scale=20))
+    x_t = torch.tensor([[0.7, -0.1]], dtype=torch.float64)
     axis = torch.linspace(-5, 5, 1201, dtype=torch.float64)
     x0 = torch.cartesian_prod(axis, axis)
     ab = schedule.alpha_bars[step]
@@ -332,10 +330,8 @@ def test_the_data_denoiser_is_a_mixture_of_points():
     schedule, rng = exact(cosine_betas(50)), torch.Generator().manual_seed(3)
     images = torch.rand(5, 1, 1, 2, generator=rng, dtype=torch.float64) * 2 - 1
     x_t, t = torch.randn(40, 1, 1, 2, generator=rng, dtype=torch.float64), torch.arange(10, 50)
-    weights, points = (
-        torch.full((5,), 0.2, dtype=torch.float64),
-        torch.zeros(5, 2, 2, dtype=torch.float64),
-    )
+    weights = torch.full((5,), 0.2, dtype=torch.float64)
+    points = torch.zeros(5, 2, 2, dtype=torch.float64)
     limit = MixtureDenoiser(schedule, weights, images.flatten(1), points)
     torch.testing.assert_close(
         DataDenoiser(schedule, images)(x_t, t), limit(x_t, t), rtol=1e-8, atol=1e-8

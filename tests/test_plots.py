@@ -129,10 +129,8 @@ def test_show_keeps_every_pixel_and_saves_gray_ones_once():
     for fig, shape in ((plots.grid(grays([7])), 2), (colored, 3)):
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png", dpi=plots.STYLE["savefig.dpi"])
-        drawn, kept = (
-            iio.imread(buffer.getvalue(), extension=".png"),
-            iio.imread(plots.show(fig, "a figure").data),
-        )
+        drawn = iio.imread(buffer.getvalue(), extension=".png")
+        kept = iio.imread(plots.show(fig, "a figure").data)
         assert kept.ndim == shape and (drawn[..., 3] == 255).all()
         assert (kept.reshape(*drawn.shape[:2], -1) == drawn[..., :3]).all()
 

@@ -267,10 +267,8 @@ def test_obtain_classifier_takes_the_shipped_one_only_for_its_own_images(
 
 def test_without_any_data_set_a_classifier_of_the_digits_is_trained_in_seconds(capsys):
     state = torch.get_rng_state()
-    train_set, test_set = (
-        data.load_images("digits", say=False),
-        data.load_images("digits", "test", say=False),
-    )
+    train_set = data.load_images("digits", say=False)
+    test_set = data.load_images("digits", "test", say=False)
     model = pretrained.obtain_classifier(train_set)
     assert accuracy(model, test_set) >= 0.9 and not model.training
     assert "training one now on 1,500 images" in capsys.readouterr().out

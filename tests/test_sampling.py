@@ -780,11 +780,9 @@ def test_guidance_may_lead_two_images_beyond_the_range_back_into_it(target):
     Clamped first, both are 1, and so is what guidance makes.
     """
     schedule, t = make_schedule("cosine", 50), torch.tensor([3, 20, 30, 40])
-    x_t, y, free = (
-        torch.randn(4, 1, 2, 2, generator=seeded()),
-        torch.zeros(4, dtype=torch.long),
-        torch.ones(4).long(),
-    )
+    x_t = torch.randn(4, 1, 2, 2, generator=seeded())
+    y = torch.zeros(4, dtype=torch.long)
+    free = torch.ones(4).long()
 
     def image(x, t, y):
         return torch.tensor([1.5, 2.0])[y].view(-1, 1, 1, 1).expand_as(x)

@@ -144,10 +144,8 @@ def other_step(folder):
 
 def other_images(folder):
     """A run is resumed where one process has lost an image."""
-    state, n = (
-        checkpoints.load(folder / "one" / "last.pt", state_of(config(), weights=1)),
-        24 - distributed.rank(),
-    )
+    state = checkpoints.load(folder / "one" / "last.pt", state_of(config(), weights=1))
+    n = 24 - distributed.rank()
     try:
         next(train(state, IMAGES[:n], labels=LABELS[:n]))
     except ValueError as error:

@@ -193,11 +193,9 @@ def test_the_config_chooses_the_optimizer(fresh, optimizer):
 def test_one_batch_is_learned_by_heart(fresh):
     state = fresh(lr=1e-2)
     rng = torch.Generator().manual_seed(0)
-    x0, t, eps = (
-        training.to_model_range(IMAGES[:2]),
-        torch.tensor([20, 70]),
-        torch.randn(2, 1, 8, 8, generator=rng),
-    )
+    x0 = training.to_model_range(IMAGES[:2])
+    t = torch.tensor([20, 70])
+    eps = torch.randn(2, 1, 8, 8, generator=rng)
     step = (state.model, state.optimizer, state.schedule, x0, t, eps)
     losses = [training.train_step(*step).item() for _ in range(150)]
     assert losses[-1] < 0.05 * losses[0]

@@ -190,11 +190,9 @@ def test_residual_block_is_its_formula(c_out):
     """shortcut + conv(silu(norm(conv(silu(norm(x)))) · (1 + scale) + shift)), scale and shift
     linear in silu(emb).
     """
-    block, x, emb = (
-        awake(ResBlock(8, c_out, 6, groups=4)),
-        torch.randn(2, 8, 4, 4),
-        torch.randn(2, 6),
-    )
+    block = awake(ResBlock(8, c_out, 6, groups=4))
+    x = torch.randn(2, 8, 4, 4)
+    emb = torch.randn(2, 6)
     h = block.conv1(F.silu(F.group_norm(x, 4, block.norm1.weight, block.norm1.bias)))
     scale_shift = F.linear(F.silu(emb), block.time.weight, block.time.bias)
     scale, shift = scale_shift[:, :c_out, None, None], scale_shift[:, c_out:, None, None]

@@ -233,10 +233,8 @@ def load(cfg: TrainConfig, device) -> tuple[data.ImageSet, data.ImageSet]:
     On each machine, one process goes first, so that no two download into the same folder.
     """
     first = not distributed.world() > 1 or dist.get_node_local_rank(0) == 0
-    form, bar = (
-        (cfg.image_size, cfg.channels, cfg.pad),
-        tqdm(desc="read", unit="file", disable=None, leave=False),
-    )
+    form = (cfg.image_size, cfg.channels, cfg.pad)
+    bar = tqdm(desc="read", unit="file", disable=None, leave=False)
 
     def tell(done: int, total: int) -> None:
         bar.total = total
@@ -371,10 +369,8 @@ def run_loop(
             bar.update()
             if record.held_out is not None:
                 seconds = (total - record.step) * state.cfg.batch_size / record.images_per_second
-                left, so_far = (
-                    tqdm.format_interval(seconds),
-                    f"{record.step:,}".rjust(len(f"{total:,}")),
-                )
+                left = tqdm.format_interval(seconds)
+                so_far = f"{record.step:,}".rjust(len(f"{total:,}"))
                 note = (
                     f"step {so_far}/{total:,}  {words}  held-out loss {record.held_out:.4f}  "
                     f"{left} left"

@@ -33,10 +33,8 @@ class Block(nn.Module):
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.conv1, self.conv2 = (
-            nn.Conv2d(c_in, c_out, 3, padding=1),
-            nn.Conv2d(c_out, c_out, 3, padding=1),
-        )
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.time = nn.Linear(TIME_DIM, c_out)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
