@@ -448,9 +448,8 @@ def keep_images(out: Path, name: str, images: Tensor) -> None:
     if path.is_file():
         with np.load(path) as file:
             kept = dict(file)
-    part = path.with_suffix(".part.npz")
-    np.savez_compressed(part, **(kept | {name: images.numpy()}))
-    part.replace(path)
+    with runtime.whole_file(path) as file:
+        np.savez_compressed(file, **(kept | {name: images.numpy()}))
 
 
 def latest(rows: list[dict]) -> list[dict]:

@@ -57,11 +57,12 @@ def flops_per_image(model: nn.Module, shape: tuple[int, ...], device: torch.devi
     return counter.get_total_flops() / 2
 
 
-def real_sets() -> tuple[data.ImageSet, data.ImageSet]:
-    """Training and test set of Fashion-MNIST (in fast mode, digits); SystemExit if they are not to
-    be had.
+def real_sets(dataset: str | None = None) -> tuple[data.ImageSet, data.ImageSet]:
+    """Training and test set of `dataset`, by default Fashion-MNIST (in fast mode, digits).
+
+    SystemExit if they are not to be had.
     """
-    dataset = runtime.shrink("fashion_mnist", "digits")
+    dataset = dataset or runtime.shrink("fashion_mnist", "digits")
     train_set, test_set = data.load_images(dataset, "train"), data.load_images(dataset, "test")
     if train_set.title != data.TITLES[dataset]:
         raise SystemExit(

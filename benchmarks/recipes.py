@@ -8,7 +8,6 @@ measurement, and writes table, CSV and plot beside it; given again, it goes on w
 
 import argparse
 import datetime
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -276,10 +275,9 @@ def own_n(n: int) -> int:
 
 
 def save(payload: dict, path: Path) -> None:
-    """Write under a temporary name, then rename, so that `path` is always whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(payload, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    """Write `payload` to `path`, which is always whole."""
+    with runtime.whole_file(path) as file:
+        torch.save(payload, file)
 
 
 def choose(

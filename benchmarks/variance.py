@@ -24,7 +24,7 @@ from ddpm_utils import config, data, pretrained, runtime, sampling
 from ddpm_utils.diffusion import Denoiser, p_sample
 from ddpm_utils.schedules import make_schedule
 
-from .measure import machine
+from .measure import machine, real_sets
 from .recipes import FrechetMetric
 from .results import append, comparable_rows, place_and_command, read_rows
 
@@ -78,9 +78,7 @@ def run(
 ) -> None:
     """All measurements that `out` lacks."""
     for dataset in datasets:
-        train_set, test_set = data.load_images(dataset, "train"), data.load_images(dataset, "test")
-        if train_set.title != data.TITLES[dataset]:
-            raise SystemExit(f"{data.TITLES[dataset]} was not found: nothing is measured")
+        train_set, test_set = real_sets(dataset)
         same = {"n": n, "split": split, **machine(device, "")}
         done = {(row["dataset"], row["seed"]) for row in comparable_rows(out, same)}
         cfg = config.for_this_run(config.TrainConfig(dataset))

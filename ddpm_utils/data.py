@@ -43,7 +43,7 @@ FILES = {
 }
 # SHA-256 of the unpacked files. The published checksums are those of the packed ones, which change
 # when somebody packs the same content again. In the order of FILES.
-CONTENTS = {
+_SUMS = {
     "fashion_mnist": (
         "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
         "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -59,7 +59,7 @@ CONTENTS = {
 }
 CONTENTS = {
     dataset: dict(zip(FILES["train"] + FILES["test"], sums, strict=True))
-    for dataset, sums in CONTENTS.items()
+    for dataset, sums in _SUMS.items()
 }
 
 
