@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_utils import data, runtime
+from ddpm_utils import config, data, pretrained, runtime
 
 
 def synchronize(device: torch.device) -> None:
@@ -69,6 +69,17 @@ def real_sets(dataset: str | None = None) -> tuple[data.ImageSet, data.ImageSet]
             f"{data.TITLES[dataset]} was not found: nothing is measured on {train_set.title}"
         )
     return train_set, test_set
+
+
+def shipped_network(dataset: str, device: torch.device) -> tuple[nn.Module, config.TrainConfig]:
+    """The shipped weights of `dataset` and their config, never a checkpoint of the reader's own.
+
+    In fast mode, a small network that was trained for two seconds.
+    """
+    if runtime.is_fast():
+        cfg = config.for_this_run(config.TrainConfig(dataset))
+        return pretrained.obtain(cfg, device, seconds=2).eval(), cfg
+    return pretrained.load(dataset, device)
 
 
 def machine(device: torch.device, title: str) -> dict:

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm_utils import config, data, plots, pretrained, runtime, sampling
+from ddpm_utils import data, plots, pretrained, runtime, sampling
 from ddpm_utils.diffusion import Denoiser
 from ddpm_utils.schedules import make_schedule
 
-from .measure import machine, real_sets, synchronize
+from .measure import machine, real_sets, shipped_network, synchronize
 from .recipes import FrechetMetric
 from .results import append, comparable_rows, place_and_command, read_rows, write_csv
 
@@ -117,12 +117,7 @@ def run(
     """All points of the plan of up to `most` calls that `out` lacks, few calls first."""
     dataset = runtime.shrink("fashion_mnist", "digits")
     train_set, test_set = real_sets()
-    cfg = config.for_this_run(config.TrainConfig(dataset))
-    model = (
-        pretrained.obtain(cfg, device, seconds=2)
-        if runtime.is_fast()
-        else pretrained.load(dataset, device)[0]
-    )
+    model, cfg = shipped_network(dataset, device)
     same = {
         "weights": "fast mode" if runtime.is_fast() else pretrained.card(dataset)["date"],
         **machine(device, train_set.title),

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm_utils import config, data, pretrained, runtime, sampling
+from ddpm_utils import data, runtime, sampling
 from ddpm_utils.diffusion import Denoiser, p_sample
 from ddpm_utils.schedules import make_schedule
 
-from .measure import machine, real_sets
+from .measure import machine, real_sets, shipped_network
 from .recipes import FrechetMetric
 from .results import append, comparable_rows, place_and_command, read_rows
 
@@ -81,10 +81,9 @@ def run(
         train_set, test_set = real_sets(dataset)
         same = {"n": n, "split": split, **machine(device, "")}
         done = {(row["dataset"], row["seed"]) for row in comparable_rows(out, same)}
-        cfg = config.for_this_run(config.TrainConfig(dataset))
-        model = pretrained.obtain(cfg, device, seconds=2)
+        model, cfg = shipped_network(dataset, device)
         schedule = make_schedule(**cfg.noise()).to(device)
-        denoise = Denoiser(model.eval(), schedule, cfg.target)
+        denoise = Denoiser(model, schedule, cfg.target)
         metric = FrechetMetric(train_set, test_set, device)
         floor = metric.floor(n)
         for seed in (seed for seed in seeds if (dataset, seed) not in done):

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from benchmarks import measure
 from benchmarks import variance as module
-from ddpm_utils import diffusion, oracle, runtime, sampling
+from ddpm_utils import diffusion, oracle, pretrained, runtime, sampling
 from ddpm_utils.schedules import NoiseSchedule, cosine_betas
 
 
@@ -21,6 +22,13 @@ def test_writes_measures_and_goes_on(fast, capsys):
     assert len(out.read_text(encoding="utf-8").splitlines()) == 3
     with pytest.raises(SystemExit, match="another machine or setting"):
         module.main(["--device", "cpu", "--split", "5"])
+
+
+def test_shipped_weights_are_measured_not_the_readers(monkeypatch):
+    monkeypatch.delenv("DDPM_FAST", raising=False)
+    monkeypatch.setattr(pretrained, "obtain", None)  # would look for checkpoints first
+    model, cfg = measure.shipped_network("mnist", torch.device("cpu"))
+    assert cfg.dataset == "mnist" and not model.training
 
 
 def test_split_at_the_end_is_the_sampler_itself():
