@@ -6,12 +6,16 @@ without pyplot, so that nothing is drawn twice and no figure has to be closed.
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import imageio.v3 as iio
 import matplotlib
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import torch
 from einops import rearrange
 from matplotlib.figure import Figure
@@ -195,15 +199,17 @@ def save_gif(
     hold_ms: int = 1500,
     scale: int = 1,
     grays: int = 16,
+    captions: Sequence[str] | None = None,
 ) -> Path:
     """Write one animated grid that loops forever and return its path.
 
     `frames` is a sequence of (N, C, H, W) in model range, all of one shape. Every frame is
     converted by the same fixed rule, so nothing flickers. `ms` is the duration of a frame and
     `hold_ms` that of the last one, both in milliseconds (GIF counts in units of 10 ms). `scale`
-    enlarges each pixel. `grays` levels (2 … 256) keep noise small on disk. Raises ValueError if
-    there are no frames, if they have different shapes or are not floats in model range, or if a
-    setting is outside its range.
+    enlarges each pixel. `grays` levels (2 … 256) keep noise small on disk. `captions` holds one
+    line of text for each frame, which is written above it. Raises ValueError if there are no
+    frames, if they have different shapes or are not floats in model range, if there are not as many
+    captions, or if a setting is outside its range.
     """
     # check the frames and the settings
     frames = list(frames)
@@ -215,6 +221,8 @@ def save_gif(
         raise ValueError(
             f"frames have different shapes: {sorted({tuple(f.shape) for f in frames})}"
         )
+    if captions is not None and len(captions) != len(frames):
+        raise ValueError(f"{len(captions)} captions for {len(frames)} frames: give one for each")
     for name, value, low, high in (
         ("grays", grays, 2, 256),
         ("scale", scale, 1, 64),
@@ -226,10 +234,11 @@ def save_gif(
     # tile the frames, reduce their gray levels and enlarge their pixels
     step = 255 / (grays - 1)
     images = []
-    for frame in frames:
+    for i, frame in enumerate(frames):
         image = tile(frame, columns, gap=1)
         image = (np.round(np.round(image / step) * step)).astype(np.uint8)
-        images.append(image.repeat(scale, axis=0).repeat(scale, axis=1))
+        image = image.repeat(scale, axis=0).repeat(scale, axis=1)
+        images.append(image if captions is None else _under_text(image, captions[i]))
     # write the animation
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,6 +246,14 @@ def save_gif(
     times = [ms] * (len(images) - 1) + [hold_ms] if len(images) > 1 else hold_ms
     iio.imwrite(path, np.stack(images), extension=".gif", is_batch=True, duration=times, loop=0)
     return path
+
+
+def _under_text(image: np.ndarray, text: str) -> np.ndarray:
+    """The uint8 image below a white band that holds one line of text."""
+    band = PIL.Image.new("L" if image.ndim == 2 else "RGB", (image.shape[1], 20), "white")
+    font = PIL.ImageFont.load_default(size=13)
+    PIL.ImageDraw.Draw(band).text((2, 2), text, fill="black", font=font)
+    return np.concatenate([np.asarray(band), image])
 
 
 def show_file(path: Path | str, alt: str, width: int = 320) -> Image:

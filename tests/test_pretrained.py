@@ -287,6 +287,28 @@ def test_make_writes_a_classifier_that_loads(shelf, monkeypatch):
     assert pretrained.card("classifier_mnist")["test_accuracy"] == round(accuracy(model, digits), 4)
 
 
+def test_make_writes_weights_and_trains_them_further(shelf, tiny, monkeypatch):
+    """Further passes start from the weights that are there, and the card adds them up."""
+    digits = data.load_images("digits", image_size=8, say=False).first(40)
+    cfg = tiny(epochs=1)
+    monkeypatch.setattr(make, "FOLDER", pretrained.FOLDER)
+    monkeypatch.setattr(make, "_real_images", lambda dataset: (digits, digits))
+    monkeypatch.setitem(make.RECIPES, "small", cfg)
+    make.make("small")
+    first, card = pretrained.load("small")[0], pretrained.card("small")
+    # passes of no effect leave the weights as they are, so these are where the run starts
+    monkeypatch.setitem(make.RECIPES, "small", cfg.replace(lr=2e-6, warmup_steps=1000))
+    make.make("small", further=2)
+    second, more = pretrained.load("small")[0], pretrained.card("small")
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert not torch.equal(a, b) or not a.abs().sum()
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert more["config"] == card["config"] and more["minutes"] >= card["minutes"]
+    assert [(run["epochs"], run["seed"]) for run in more["further"]] == [(2.0, 1)]
+    make.make("small", further=1)
+    assert [run["seed"] for run in pretrained.card("small")["further"]] == [1, 2]
+
+
 def test_no_weights_are_made_from_other_images_than_their_name_says(own_folders, monkeypatch):
     monkeypatch.setattr(data, "_from_folders", lambda dataset, split: None)
     with pytest.raises(FileNotFoundError, match="mnist was not found"):

@@ -1,15 +1,16 @@
 """Train the weights that come with the package.
 
 Run `python -m ddpm_utils.pretrained.make [name …]`, or `make pretrained`. The names are those of
-the files: `mnist` is a diffusion network, `classifier_mnist` a classifier.
+the files: `mnist` is a diffusion network, `classifier_mnist` a classifier. With `--further EPOCHS`,
+the weights that are there are trained for so many more passes, and the card says so.
 
 If a run is interrupted, the same command continues it from its last checkpoint under
 `checkpoints/`.
 """
 
+import argparse
 import datetime
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from .. import checkpoints, data, runs, runtime, training
 from ..config import TrainConfig
 from ..evaluation import class_probabilities, extract_features, train_classifier
-from . import CLASSIFIER, FOLDER, build
+from . import CLASSIFIER, FOLDER, build, card, load
 
 RECIPES = {
     "fashion_mnist": TrainConfig(dataset="fashion_mnist", epochs=8, ema_decay=0.998),
@@ -31,19 +32,24 @@ RECIPES = {
 CLASSIFIERS = {"fashion_mnist": {"epochs": 6, "shift": 1}, "mnist": {"epochs": 4, "shift": 2}}
 
 
-def make(name: str) -> Path:
+def make(name: str, further: float | None = None) -> Path:
     """Train `name` to the end of its recipe, and write its weights and card beside this file.
 
-    Returns the card's path.
+    `further` starts from the weights that are there, and trains them for so many more passes at
+    half the learning rate. Returns the card's path.
     """
     # set up the data and the network
-    cfg = RECIPES[name]
+    cfg, folder, before = RECIPES[name], runtime.checkpoint_dir(f"pretrained_{name}"), None
+    if further is not None:
+        before = card(name)
+        seed = cfg.seed + 1 + len(before.get("further", []))
+        cfg = cfg.replace(epochs=further, lr=cfg.lr / 2, seed=seed)
+        folder = runtime.checkpoint_dir(f"pretrained_{name}_further_{seed}")
     device = runtime.pick_device()
     runtime.seed_everything(cfg.seed)
     train_set, test_set = _real_images(cfg.dataset)
-    state = training.TrainState(cfg, build(cfg), device)
+    state = training.TrainState(cfg, load(name)[0].train() if before else build(cfg), device)
     # continue from the last checkpoint, if there is one
-    folder = runtime.checkpoint_dir(f"pretrained_{name}")
     minutes_file = folder / "minutes.json"
     minutes = 0.0
     if (folder / "last.pt").is_file():
@@ -69,20 +75,25 @@ def make(name: str) -> Path:
         )
     # write the weights and the card
     torch.save(state.ema.model.state_dict(), FOLDER / f"{name}.pt")
-    return _write_card(
-        name,
-        device,
-        {
-            "config": cfg.to_dict(),
-            "data": f"{train_set.title}, {len(train_set):,} training images",
-            "weights": f"average (EMA) after {state.step:,} steps",
-            "parameters": sum(p.numel() for p in state.model.parameters()),
-            "held_out_loss": round(record.held_out, 5),
-            "held_out_images": 2048,
-            "minutes": round(minutes, 1),
-            "seed": cfg.seed,
-        },
-    )
+    made = {
+        "config": cfg.to_dict(),
+        "data": f"{train_set.title}, {len(train_set):,} training images",
+        "weights": f"average (EMA) after {state.step:,} steps",
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "held_out_loss": round(record.held_out, 5),
+        "held_out_images": 2048,
+        "minutes": round(minutes, 1),
+        "seed": cfg.seed,
+    }
+    if before:
+        run = {key: made[key] for key in ("weights", "minutes", "seed")}
+        run |= {"epochs": cfg.epochs, "lr": cfg.lr, "hardware": runtime.hardware(device)}
+        made |= {"config": before["config"], "seed": before["seed"], "weights": before["weights"]}
+        made |= {
+            "minutes": round(before["minutes"] + minutes, 1),
+            "further": [*before.get("further", []), run],
+        }
+    return _write_card(name, device, made)
 
 
 def make_classifier(dataset: str) -> Path:
@@ -129,22 +140,27 @@ def _real_images(dataset: str) -> tuple[data.ImageSet, data.ImageSet]:
     return train_set, test_set
 
 
-def _write_card(name: str, device, card: dict) -> Path:
-    card |= {
+def _write_card(name: str, device, made: dict) -> Path:
+    made |= {
         "hardware": runtime.hardware(device),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
         "license": "MIT, like the rest of this repository",
     }
     path = FOLDER / f"{name}.json"
-    path.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n")
     print(f"{name}: wrote {runtime.short_path(path)}")
     return path
 
 
 if __name__ == "__main__":
-    for wanted in sys.argv[1:] or [*RECIPES, *(CLASSIFIER + dataset for dataset in CLASSIFIERS)]:
+    parser = argparse.ArgumentParser(prog="python -m ddpm_utils.pretrained.make")
+    parser.add_argument("names", nargs="*", help="weights to train; all if left out")
+    parser.add_argument("--further", type=float, help="more passes for the weights that are there")
+    asked = parser.parse_args()
+    everything = [*RECIPES, *(CLASSIFIER + dataset for dataset in CLASSIFIERS)]
+    for wanted in asked.names or everything:
         if wanted.startswith(CLASSIFIER):
             make_classifier(wanted.removeprefix(CLASSIFIER))
         else:
-            make(wanted)
+            make(wanted, asked.further)
