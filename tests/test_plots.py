@@ -253,6 +253,21 @@ def test_bad_gif_options_are_refused_by_name(tmp_path, option):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_captions_stand_above_the_frames_and_leave_them_alone(tmp_path, channels):
+    states = [grays([v], size=40).expand(-1, channels, -1, -1) for v in (0, 136, 255)]
+    frames, *_ = read_gif(
+        plots.save_gif(tmp_path / "a.gif", states, captions=["t = 9", "t = 8", "t = 0"])
+    )
+    bands = [frame[:-40] for frame in frames]
+    assert all(band.shape == (20, 40, 3) and band.max() == 255 for band in bands)
+    assert all((band < 100).any() for band in bands)  # some ink
+    assert not np.array_equal(bands[0], bands[1]) and not np.array_equal(bands[1], bands[2])
+    assert [np.unique(frame[-40:]).tolist() for frame in frames] == [[0], [136], [255]]
+    with pytest.raises(ValueError, match="1 captions for 3 frames"):
+        plots.save_gif(tmp_path / "b.gif", states, captions=["t = 9"])
+
+
 def test_a_gif_is_shown_under_the_type_that_viewers_keep(tmp_path):
     path = plots.save_gif(tmp_path / "a.gif", [grays([0]), grays([255])])
     bundle, metadata = plots.show_file(path, "black, then white", width=200)._repr_mimebundle_()

@@ -1,10 +1,11 @@
 """Execute, render, copy and export the lessons, and change the repository's address in them.
 
-python tools/lessons.py run [NN …]     execute lessons 01–05, or those named, into outputs/lessons/
+python tools/lessons.py run [NN …]     execute lessons 00–05, or those named, into outputs/lessons/
                                        (--all: the whole series)
 python tools/lessons.py render [NN …]  execute at full size into notebooks/ itself
 python tools/lessons.py copy FOLDER    unexecuted copies, each with its folded solutions put in
 python tools/lessons.py html FOLDER    static pages; every image has its alternative text
+python tools/lessons.py script FILE    the code of lesson 00 as a Python file
 python tools/lessons.py address URL    put another address into pyproject.toml, README and lessons
 """
 
@@ -22,10 +23,16 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-# what README shows, and which image of a rendered lesson it is
-ASSETS = {"from_noise.gif": "lesson_05/first.gif"}
-# what `run` executes unless told otherwise: a quarter of an hour on two cores
-FIRST = ("01", "02", "03", "04", "05")
+# images that pages show, and which output of a rendered lesson each is
+ASSETS = {
+    "from_noise.gif": "lesson_05/first.gif",
+    "00_one_page.gif": "lesson_00/one_page.gif",
+    "01_forward.gif": "lesson_01/first.gif",
+    "02_clock.png": "lesson_02/first.png",
+    "03_unet.png": "lesson_03/first.png",
+}
+# what `run` executes unless told otherwise: about 20 minutes on two cores
+FIRST = ("00", "01", "02", "03", "04", "05")
 SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>.*?```python\n(.*?)```", re.DOTALL)
 
 # What the script and HTML exporters of nbconvert read. No version: it would change with every
@@ -120,22 +127,23 @@ def run(paths: list[Path], into: Path, alone: bool = False) -> None:
     for path in paths:
         print(f"{path.stem} …", end=" ", flush=True)
         notebook = nbformat.read(path, as_version=4)
-        hidden = (
-            {"DDPM_CHECKPOINT_DIR": str(ROOT / "outputs" / "render")}
-            if alone and path.name[:2] != "04"
-            else {}
-        )
-        seconds = execute(notebook, NOTEBOOKS, hidden)
+        number, env = path.name[:2], {}
+        if alone and number != "04":
+            env["DDPM_CHECKPOINT_DIR"] = str(ROOT / "outputs" / "render")
+        if number == "00":  # knows nothing of the repository around it
+            env["DDPM_OUTPUT_DIR"] = os.environ.get("DDPM_OUTPUT_DIR") or str(ROOT / "outputs")
+            env["DDPM_DATA_DIR"] = os.environ.get("DDPM_DATA_DIR") or str(ROOT / "data")
+        seconds = execute(notebook, NOTEBOOKS, env)
         clean(notebook)
         nbformat.write(notebook, into / path.name)
         total += seconds
         print(f"{seconds:.0f} s", flush=True)
+        for made in sorted((ROOT / "outputs").glob(f"lesson_{number}/*.gif")):
+            print(f"  {shown(made)}", flush=True)
     print(
         f"{len(paths)} lessons in {total / 60:.1f} min, peak memory {peak_memory():.2f} GiB; "
         f"executed copies in {shown(into)}"
     )
-    for gif in sorted((ROOT / "outputs").glob("lesson_*/*.gif")):
-        print(f"  {shown(gif)}")
 
 
 def peak_memory() -> float:
@@ -228,6 +236,18 @@ def export(into: Path) -> None:
         (into / f"{path.stem}.html").write_text(page, encoding="utf-8")
 
 
+def script_of(notebook) -> str:
+    """The code of a notebook as a Python file, each part under its heading."""
+    parts = [notebook.cells[0].source.splitlines()[0].lstrip("# ")]
+    parts[0] = f'"""{parts[0]}. Generated from the notebook of the same name by `make script`."""'
+    for cell in notebook.cells[1:]:
+        if cell.cell_type == "code":
+            parts.append(cell.source)
+        else:
+            parts += re.findall(r"(?m)^##+ .*$", cell.source)
+    return "\n\n\n".join(parts) + "\n"
+
+
 def repository() -> str:
     """The repository's address, from pyproject.toml."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"][
@@ -301,10 +321,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["run", "render", "copy", "html", "address"])
+    parser.add_argument("command", choices=["run", "render", "copy", "html", "script", "address"])
     parser.add_argument("what", nargs="*", help="lesson numbers, a folder, or an address")
     parser.add_argument(
-        "--all", action="store_true", help="run: the whole series, not lessons 01–05 alone"
+        "--all", action="store_true", help="run: the whole series, not lessons 00–05 alone"
     )
     asked = parser.parse_args()
     if asked.command == "run":
@@ -321,5 +341,9 @@ if __name__ == "__main__":
         copy(Path(asked.what[0]))
     elif asked.command == "html":
         export(Path(asked.what[0]))
+    elif asked.command == "script":
+        (page,) = lessons(["00"])
+        text = script_of(nbformat.read(page, as_version=4))
+        Path(asked.what[0]).write_text(text, encoding="utf-8")
     else:
         change_address(asked.what[0])

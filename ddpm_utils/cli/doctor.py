@@ -17,7 +17,6 @@ FLOORS = (
     "einops>=0.8.2",
     "imageio>=2.37",
     "scikit-learn>=1.6",
-    "ipywidgets>=7.7.1",
     "platformdirs>=4.3",
     "filelock>=3.16",
     "tqdm>=4.67",

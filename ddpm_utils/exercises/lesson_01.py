@@ -49,7 +49,7 @@ def check_crossing(guess, schedule) -> Verdict:
 
 
 def check_even_betas(answer, timesteps: int, last_std: float) -> Verdict:
-    """Check betas whose noise std rises evenly from last_std / T to last_std.
+    """Check betas whose noise level rises evenly from last_std / T to last_std.
 
     answer(timesteps, last_std) → betas.
     """
@@ -74,11 +74,11 @@ def check_even_betas(answer, timesteps: int, last_std: float) -> Verdict:
     tolerance = 1e-5  # 1 − alpha_bar loses digits where the std is small, in float32 most of all
     if bool(((std.square() - wanted.square()).abs() < tolerance).all()):
         return right(
-            f"the noise std rises by {last_std / timesteps:.2g} at every step, up to {std[-1]:.3f}"
+            f"the noise level rises by {last_std / timesteps:.2g} at every step, to {std[-1]:.3f}"
         )
     if bool(((std - wanted.sqrt() * math.sqrt(last_std)).abs() < 1e-3).all()):
         return wrong(
-            "your noise *variance* rises evenly; its root, the std, was asked for: alpha_bar = 1 "
+            "your noise *variance* rises evenly; its root, the level, was asked for: alpha_bar = 1 "
             "− std²"
         )
     if bool(((betas - wanted.square()).abs() < 1e-4).all()):
@@ -92,7 +92,7 @@ def check_even_betas(answer, timesteps: int, last_std: float) -> Verdict:
     if bool(((betas - ratio[1:] / ratio[:-1]).abs() < 1e-4).all()):
         return wrong("these are the alphas, the ratios themselves: beta_t = 1 − alpha_t is missing")
     i = int((std - wanted).abs().argmax())
-    return wrong(f"the noise std is {std[i]:.3f} at t = {i}, where {wanted[i]:.3f} was asked for")
+    return wrong(f"the noise level is {std[i]:.3f} at t = {i}, where {wanted[i]:.3f} was asked for")
 
 
 def check_jump(answer, schedule) -> Verdict:
