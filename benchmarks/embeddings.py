@@ -1,7 +1,7 @@
 """How much does it matter how a network is given the timestep?
 
-`python -m benchmarks.embeddings` trains the small network of lesson 02 with seven embeddings of t,
-three seeds each, and measures its loss on held-out images. Within a seed, all seven start from the
+`python -m benchmarks.embeddings` trains the small network of lesson 02 with eight embeddings of t,
+three seeds each, and measures its loss on held-out images. Within a seed, all eight start from the
 same weights and see the same images, steps and noise. It appends a line of JSON for every network
 and goes on where it was stopped.
 
@@ -67,9 +67,16 @@ def twice_the_decay(t: Tensor, dim: int) -> Tensor:
     return interleave(torch.cat([angles.sin(), angles.cos()], dim=1))
 
 
-def cut_to_an_eighth(t: Tensor, dim: int) -> Tensor:
-    """The first `dim` columns of an interleaved table that is eight times as wide."""
-    return interleave(sinusoidal_embedding(t, 8 * dim))[:, :dim]
+def half_as_wide(t: Tensor, dim: int) -> Tensor:
+    """A complete sinusoid in half of the columns; the others are 0."""
+    kept = dim // 4 * 2
+    return F.pad(sinusoidal_embedding(t, kept), (0, dim - kept))
+
+
+def fast_hands_only(t: Tensor, dim: int) -> Tensor:
+    """The first columns of an interleaved table of width 4 · dim, as many as above."""
+    kept = dim // 4 * 2
+    return F.pad(interleave(sinusoidal_embedding(t, 4 * dim))[:, :kept], (0, dim - kept))
 
 
 class PlayNet(nn.Module):
@@ -105,7 +112,8 @@ EMBEDDINGS = {
     "t / T": fraction,
     "twice the decay": twice_the_decay,
     "sinusoid of t / T": sinusoid_of_fraction,
-    "cut to an eighth": cut_to_an_eighth,
+    "half as wide": half_as_wide,
+    "fast hands only": fast_hands_only,
     "no t": one_for_all,
     "raw t": raw_t,
 }

@@ -16,7 +16,7 @@ def check_frozen(guess, timesteps: int, dim: int) -> Verdict:
     if guess is None:
         return unanswered()
     if not is_number(guess):
-        return wrong(f"{guess!r} is no number: give how many of the {dim} dimensions are frozen")
+        return wrong(f"{guess!r} is not a number: give how many of the {dim} dimensions are frozen")
     frozen, sines = _frozen(timesteps, dim), _frozen(timesteps, dim, sines_only=True)
     if abs(guess - frozen) <= 1:
         return right(
@@ -27,7 +27,7 @@ def check_frozen(guess, timesteps: int, dim: int) -> Verdict:
         return wrong("that is how many move; the question is how many are frozen")
     if abs(guess - _frozen(5 * timesteps, dim)) <= 1:
         return wrong(
-            f"so many were frozen in {5 * timesteps} steps; now each hand gets only a fifth as far"
+            f"that many were frozen in {5 * timesteps} steps; each hand now gets a fifth as far"
         )
     if abs(guess - sines) <= 1 or abs(guess - 2 * sines) <= 1:
         return wrong(
@@ -133,8 +133,8 @@ def check_distance(answer) -> Verdict:
 
     if all_are(lambda true, dot, d: true):
         return right(
-            "it needs neither t nor s: the two embeddings I built at t = 17 and 17 + k are just "
-            "so far apart."
+            "it needs neither t nor s: the two embeddings I built at t = 17 and 17 + k are exactly "
+            "that far apart."
         )
     if all_are(lambda true, dot, d: true**2):
         return wrong("this is the squared distance of (02.7): take the root")
