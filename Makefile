@@ -18,15 +18,17 @@ override REPO := $(value REPO)
 override LESSON := $(value LESSON)
 export REPO LESSON
 
-.PHONY: help run lab test test-all render pretrained doctor address clean
+.PHONY: help run quick script lab test test-all render pretrained doctor address clean
 
 help:
-	@echo "make run [LESSON=03]   set up, then run lessons 01-05 (or one) on this machine; results in outputs/"
+	@echo "make run [LESSON=03]   set up, then run lessons 00-05 (or one) on this machine; results in outputs/"
+	@echo "make quick             set up, then run lesson 00 alone: the whole method in a few minutes"
 	@echo "make run ALL=1         the same for the whole series"
 	@echo "make lab               set up, then open JupyterLab"
 	@echo "make test              set up, then lint, unit tests and every lesson in fast mode"
 	@echo "make test-all          the same and the slow tests"
 	@echo "make render [LESSON=]  re-execute the lessons at full size into notebooks/"
+	@echo "make script            write lesson 00 as a Python file into examples/"
 	@echo "make pretrained        train the shipped weights again"
 	@echo "make doctor            say what is installed and what is missing"
 	@echo "make address REPO=https://github.com/you/name   put your repository's address everywhere"
@@ -48,6 +50,9 @@ $(VENV)/test: $(VENV)/run requirements-test.txt
 run: $(VENV)/run
 	$(BIN)/python tools/lessons.py run $(if $(ALL),--all) -- $$LESSON
 
+quick: $(VENV)/run
+	$(BIN)/python tools/lessons.py run -- 00
+
 lab: $(VENV)/run
 	$(BIN)/jupyter lab notebooks
 
@@ -63,6 +68,9 @@ test-all: test
 
 render: $(VENV)/run
 	$(BIN)/python tools/lessons.py render -- $$LESSON
+
+script: $(VENV)/run
+	$(BIN)/python tools/lessons.py script examples/ddpm_on_one_page.py
 
 pretrained: $(VENV)/run
 	$(BIN)/python -m ddpm_utils.pretrained.make

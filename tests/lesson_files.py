@@ -14,8 +14,13 @@ import lessons as tool  # noqa: E402
 COPIES = ROOT / "outputs" / "test" / "lessons"
 
 
+# the notebook that needs nothing of the package
+PAGE = "00_ddpm_on_one_page"
+
+
 def lesson_names() -> list[str]:
-    return [path.stem for path in tool.lessons()]
+    """The lessons that build the package, all but `PAGE`."""
+    return [path.stem for path in tool.lessons() if path.stem != PAGE]
 
 
 def read_lesson(name: str, folder: Path = tool.NOTEBOOKS):

@@ -880,8 +880,9 @@ def test_help_does_not_wait_for_torch():
     assert done.returncode == 0 and "--batch-size" in done.stdout, done.stderr
 
 
-def test_every_command_of_the_readme_is_understood():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_command_of_the_documentation_is_understood():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    readme = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     lines = re.findall(
         r"^(?!\$)[^|`\n]*-m ddpm_utils (.*)$", readme.replace("\\\n", " "), re.MULTILINE
     )

@@ -8,12 +8,17 @@ import zipfile
 
 import pytest
 import yaml
-from lesson_files import ROOT, lesson_names, read_lesson, tool
+from lesson_files import ROOT, read_lesson, tool
 from packaging.requirements import Requirement
 
 from ddpm_utils.cli.doctor import FLOORS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def requirements(name: str) -> dict[str, str]:
@@ -45,8 +50,9 @@ def test_floors_are_lower_bounds():
 def test_readme_lists_every_lesson_with_its_badge():
     owner = tool.repository().removeprefix("https://github.com/")
     linked = set(re.findall(r"notebooks/(\d\d_\w+)\.ipynb", README))
-    assert linked == set(lesson_names())
-    for name in lesson_names():
+    names = [path.stem for path in tool.lessons()]
+    assert linked == set(names)
+    for name in names:
         assert (
             f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{name}.ipynb"
             in README
@@ -55,10 +61,11 @@ def test_readme_lists_every_lesson_with_its_badge():
         assert title.lower() in README.lower()
 
 
-def test_readme_links_to_what_is_there():
-    for target in re.findall(r"(?:\]\(|src=\")([^)\s\"#]+)", README):
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_pages_link_to_what_is_there(page):
+    for target in re.findall(r"(?:\]\(|src=\")([^)\s\"#]+)", page.read_text(encoding="utf-8")):
         if "://" not in target:
-            assert (ROOT / target).exists(), target
+            assert (page.parent / target).exists(), target
 
 
 GENERATED = ("data", "outputs", "checkpoints", ".venv", "build", "dist", "ddpm_utils.egg-info")
@@ -121,7 +128,7 @@ def test_words_are_plain_and_american():
     odd = re.compile(
         r"picture|\bknobs?\b|\brulers?\b|(?<!make )\brooms?\b|grey|colour|neighbour|isation\b", re.I
     )
-    files = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+    files = list(PAGES)
     for folder in ("ddpm_utils", "benchmarks", "tools"):
         files += (ROOT / folder).rglob("*.py")
     for file in files:
