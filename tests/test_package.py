@@ -234,4 +234,4 @@ def test_the_package_is_small():
         if isinstance(node, ast.stmt)
         and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
     ]
-    assert len(statements) <= 2400
+    assert len(statements) <= 2450
