@@ -78,7 +78,7 @@ def shipped_network(dataset: str, device: torch.device) -> tuple[nn.Module, conf
     """
     if runtime.is_fast():
         cfg = config.for_this_run(config.TrainConfig(dataset))
-        return pretrained.obtain(cfg, device, seconds=2).eval(), cfg
+        return pretrained.obtain(cfg, device, seconds=2), cfg
     return pretrained.load(dataset, device)
 
 

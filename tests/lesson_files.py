@@ -1,5 +1,6 @@
 """What several test files need of the lessons: reading them, and running them changed."""
 
+import ast
 import sys
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def code_cells(notebook) -> list:
 
 def code_of(notebook) -> str:
     return "\n\n".join(cell.source for cell in code_cells(notebook))
+
+
+def definitions(source: str) -> dict[str, list[ast.AST]]:
+    """Top-level functions and classes of `source` by name."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.setdefault(node.name, []).append(node)
+    return found
 
 
 def text_of(notebook) -> str:

@@ -7,7 +7,7 @@ import importlib
 import inspect
 
 import pytest
-from lesson_files import code_of, lesson_names, read_lesson
+from lesson_files import code_of, definitions, lesson_names, read_lesson
 
 # The one table of what is built where. A definition that is missing, or stands a second time, fails
 # a test.
@@ -71,15 +71,6 @@ PLACES = [
     for module, names in modules.items()
     for name in names
 ]
-
-
-def definitions(source: str) -> dict[str, list[ast.AST]]:
-    """Top-level functions and classes of `source` by name, without docstrings."""
-    found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.setdefault(node.name, []).append(node)
-    return found
 
 
 def bare(node: ast.AST) -> str:

@@ -237,8 +237,8 @@ def export(into: Path) -> None:
 
 def script_of(notebook) -> str:
     """The code of a notebook as a Python file, each part under its heading."""
-    parts = [notebook.cells[0].source.splitlines()[0].lstrip("# ")]
-    parts[0] = f'"""{parts[0]}. Generated from the notebook of the same name by `make script`."""'
+    title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
+    parts = [f'"""{title}. Generated from the notebook of the same name by `make script`."""']
     for cell in notebook.cells[1:]:
         if cell.cell_type == "code":
             parts.append(cell.source)

@@ -86,10 +86,11 @@ def make(name: str, further: float | None = None) -> Path:
         "seed": cfg.seed,
     }
     if before:
+        # the card of the first run, with this one added
         run = {key: made[key] for key in ("weights", "minutes", "seed")}
         run |= {"epochs": cfg.epochs, "lr": cfg.lr, "hardware": runtime.hardware(device)}
-        made |= {"config": before["config"], "seed": before["seed"], "weights": before["weights"]}
-        made |= {
+        made = before | {
+            "held_out_loss": made["held_out_loss"],
             "minutes": round(before["minutes"] + minutes, 1),
             "further": [*before.get("further", []), run],
         }
