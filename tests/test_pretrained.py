@@ -309,6 +309,26 @@ def test_make_writes_weights_and_trains_them_further(shelf, tiny, monkeypatch):
     assert [run["seed"] for run in pretrained.card("small")["further"]] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["mnist", "minst"], "there is no 'minst'"),
+        (["classifier_mnist", "--further", "1"], "--further trains diffusion networks only"),
+    ],
+)
+def test_the_command_checks_every_name_first(arguments, complaint, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(make, "make", lambda *asked: trained.append(asked))
+    monkeypatch.setattr(make, "make_classifier", trained.append)
+    with pytest.raises(SystemExit):
+        make.main(arguments)
+    assert complaint in capsys.readouterr().err
+    assert not trained
+    make.main(["mnist", "--further", "2"])
+    make.main(["classifier_mnist"])
+    assert trained == [("mnist", 2.0), "mnist"]
+
+
 def test_no_weights_are_made_from_other_images_than_their_name_says(own_folders, monkeypatch):
     monkeypatch.setattr(data, "_from_folders", lambda dataset, split: None)
     with pytest.raises(FileNotFoundError, match="mnist was not found"):

@@ -29,6 +29,8 @@ ASSETS = {
     "00_one_page.gif": "lesson_00/one_page.gif",
     "01_forward.gif": "lesson_01/first.gif",
     "02_clock.png": "lesson_02/first.png",
+    "03_unet.png": "lesson_03/first.png",
+    "04_training.png": "lesson_04/first.png",
 }
 # what `run` executes unless told otherwise: about 20 minutes on two cores
 FIRST = ("00", "01", "02", "03", "04", "05")

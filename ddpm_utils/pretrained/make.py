@@ -154,14 +154,27 @@ def _write_card(name: str, device, made: dict) -> Path:
     return path
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
+    """Train the weights named on the command line. The module's docstring describes it."""
+    classifiers = [CLASSIFIER + dataset for dataset in CLASSIFIERS]
     parser = argparse.ArgumentParser(prog="python -m ddpm_utils.pretrained.make")
     parser.add_argument("names", nargs="*", help="weights to train; all if left out")
     parser.add_argument("--further", type=float, help="more passes for the weights that are there")
-    asked = parser.parse_args()
-    everything = [*RECIPES, *(CLASSIFIER + dataset for dataset in CLASSIFIERS)]
-    for wanted in asked.names or everything:
-        if wanted.startswith(CLASSIFIER):
-            make_classifier(wanted.removeprefix(CLASSIFIER))
+    asked = parser.parse_args(arguments)
+    # check every name before the first of them trains
+    networks = list(RECIPES) if asked.further is not None else [*RECIPES, *classifiers]
+    names = asked.names or networks
+    for name in names:
+        if name in classifiers and name not in networks:
+            parser.error(f"{name} is a classifier, and --further trains diffusion networks only")
+        if name not in networks:
+            parser.error(f"there is no {name!r}; choose from {', '.join(networks)}")
+    for name in names:
+        if name in classifiers:
+            make_classifier(name.removeprefix(CLASSIFIER))
         else:
-            make(wanted, asked.further)
+            make(name, asked.further)
+
+
+if __name__ == "__main__":
+    main()
