@@ -29,8 +29,9 @@ def linear_betas(timesteps: int, scale: float = 1.0) -> Tensor:
 def cosine_betas(timesteps: int, s: float = 0.008) -> Tensor:
     """Return the betas of the cosine schedule (Improved DDPM, Eq. 17).
 
-    alpha_bar(u) = cos²(π/2 · (u + s) / (1 + s)) with u = t / T in [0, 1]. Each beta takes alpha_bar
-    from one step to the next and is at most 0.999. Returns a float64 tensor of shape (timesteps,).
+    alpha_bar(u) = cos²(π/2 · (u + s) / (1 + s)), where u is the fraction of the steps completed.
+    Each beta takes alpha_bar from one step to the next and is at most 0.999. Returns a float64
+    tensor of shape (timesteps,).
     """
     check_count(timesteps)
     u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
