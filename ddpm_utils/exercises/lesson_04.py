@@ -2,7 +2,7 @@
 
 import torch
 
-from . import Verdict, attempt, float64, right, unanswered, wrong
+from . import Verdict, attempt, float64, is_number, right, unanswered, wrong
 
 
 def check_share_of_start(guess) -> Verdict:
@@ -12,6 +12,8 @@ def check_share_of_start(guess) -> Verdict:
     """
     if guess is None:
         return unanswered()
+    if not is_number(guess):
+        return wrong(f"{guess!r} is not a number: give the share as a number between 0 and 1")
     share, guess = 0.9999 ** (10 * (60_000 // 64)), float(guess)
     if abs(guess - share) < 0.02:
         return right(
@@ -31,7 +33,7 @@ def check_share_of_start(guess) -> Verdict:
     if abs(guess - 0.9999 ** (60_000 // 64)) < 0.01:
         return wrong("that is the share after a single pass: there are ten")
     if abs(guess - share * 100) < 2:
-        return wrong("that is in per cent: give a number between 0 and 1")
+        return wrong("that is in percent: give a number between 0 and 1")
     if guess < 0.01:
         return wrong(
             f"{guess:.2g} forgets too fast: each step multiplies the start by 0.9999, and there "
@@ -86,7 +88,7 @@ def check_v_from_eps(answer) -> Verdict:
         return wrong("that is x0: one more step, or solve ε = √(1 − ᾱ)·x_t + √ᾱ·v for v directly")
     worst = (value - v).abs().max().item()
     return wrong(
-        f"off by up to {worst:.2g}: start from ε = √(1 − ᾱ)·x_t + √ᾱ·v, the second half of (04.12)"
+        f"off by up to {worst:.2g}: start from ε = √(1 − ᾱ)·x_t + √ᾱ·v, the second half of (04.8)"
     )
 
 
