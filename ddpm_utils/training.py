@@ -26,11 +26,11 @@ def sample_timesteps(
     device="cpu",
     middle: bool = False,
 ) -> Tensor:
-    """Draw n timesteps, one from each n-th part of 0 … T−1 (VDM, 2107.00630, I.1).
+    """Draw n timesteps, one from each n-th part of 0 … T−1 (a variant of VDM, 2107.00630, I.1).
 
     Each is uniform in its part. Spreading a batch evenly keeps the expected loss of Algorithm 1 and
     removes most of the variance of its value. With `middle`, s = t/T has the density 6·s·(1 − s),
-    which weights the loss (as in 2403.03206, 3.1) and gives better images sooner.
+    which weights the loss (2403.03206, 3.1, weights the middle as well).
     """
     # draw one value from each n-th part of 0 … 1
     u = torch.rand(n, generator=generator, device=device)
