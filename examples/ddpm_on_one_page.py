@@ -18,12 +18,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets
 
 
+# change a value, then run the cells below
 DATASET = "FashionMNIST"  # or "MNIST"
 SIZE = 28  # pixels per side, a multiple of 4
 T = 1000  # number of timesteps
 STEPS = 1500  # training steps
 BATCH = 32  # images per training step
-LR = 2e-3  # highest learning rate
+LR = 3e-3  # highest learning rate
 CALLS = 50  # network calls per sample, at most T
 SEED = 0
 
@@ -74,25 +75,26 @@ def velocity(x0, t, eps):
     return a.sqrt() * eps - (1 - a).sqrt() * x0
 
 
-def draw(images, columns, title, file):
-    """Save images (N, 1, H, W) as a grid, and return it. Its title is its alternative text, too."""
-    framed = F.pad(images.cpu().clamp(-1, 1), (1, 1, 1, 1), value=1.0)
-    grid = rearrange(framed, "(r c) 1 h w -> (r h) (c w)", c=columns)
-    rows = len(images) // columns
-    figure = Figure(figsize=(columns, rows + 0.4), dpi=3 * (SIZE + 2))
-    axes = figure.add_axes([0, 0, 1, rows / (rows + 0.4)])
+def draw(batch, title, file, labels=()):
+    """Save a batch (N, 1, H, W) in rows of eight, with labels above, and return it for display."""
+    framed = F.pad(batch.cpu().clamp(-1, 1), (1, 1, 1, 1), value=1.0)
+    grid = rearrange(framed, "(r c) 1 h w -> (r h) (c w)", c=8)
+    rows, text = len(batch) // 8, 0.5 if labels else 0.3
+    figure = Figure(figsize=(8, rows + text), dpi=3 * (SIZE + 2))
+    axes = figure.add_axes([0, 0, 1, rows / (rows + text)])
     axes.imshow(grid, cmap="gray", vmin=-1, vmax=1)
     axes.set_axis_off()
     figure.suptitle(title, fontsize=10)
+    for i, label in enumerate(labels):
+        axes.text((i + 0.5) / 8, 1.02, label, ha="center", transform=axes.transAxes)
     figure.savefig(out / file)
     return Image(out / file, alt=title)
 
 
-t = torch.linspace(0, T - 1, 8).long().to(device)
+t = torch.linspace(0, T - 1, 8).long()
 x0 = images[1:2].to(device).expand(8, -1, -1, -1)
-x_t = q_sample(x0, t, torch.randn_like(x0))
-title = f"One image at t = {', '.join(map(str, t.tolist()))}"
-draw(x_t, 8, title, "forward.png")
+x_t = q_sample(x0, t.to(device), torch.randn_like(x0))
+draw(x_t, "The forward process", "forward.png", [f"t = {i}" for i in t.tolist()])
 
 
 ## 2. The network: from a mixture to its hidden part
@@ -116,7 +118,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(4, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1)
-        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.weight)  # the block starts as its shortcut
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -175,11 +177,12 @@ class UNet(nn.Module):
 
 
 model = UNet().to(device)
-optimizer = torch.optim.AdamW(model.parameters(), LR)
+optimizer = torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.99))
 schedule = OneCycleLR(optimizer, LR, total_steps=STEPS, pct_start=0.05)
 average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
 middle = torch.distributions.Beta(2.0, 2.0)
 losses = []
+print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
 for step in range(STEPS):
     x0 = images[torch.randint(len(images), (BATCH,))].to(device)
@@ -205,7 +208,7 @@ def reverse_step(x, v, t, t_next, eta):
     a_next = alpha_bars[t_next] if t_next >= 0 else torch.ones_like(a)
     x0 = (a.sqrt() * x - (1 - a).sqrt() * v).clamp(-1, 1)
     eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
-    variance = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
+    variance = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)  # of the fresh noise
     x = a_next.sqrt() * x0 + (1 - a_next - variance).sqrt() * eps
     return x + variance.sqrt() * torch.randn_like(x), x0
 
@@ -230,20 +233,20 @@ first = film[0][2]
 print(f"first predictions: {first.std(dim=0).mean():.2f}")
 print(f"samples:           {samples.std(dim=0).mean():.2f}")
 print(f"real images:       {images[:1000].std(dim=0).mean():.2f}")
-draw(samples, 8, f"Sixteen samples after {CALLS} network calls", "samples.png")
+draw(samples, f"Sixteen samples after {CALLS} network calls", "samples.png")
 
 
-chosen = [film[CALLS * i // 8] for i in range(8)]
+chosen = [film[CALLS * i // 7] for i in range(8)]
 rows = [x[3:4] for _, x, _ in chosen] + [x0[3:4] for _, _, x0 in chosen]
-title = f"x_t (top) and its predicted x0 (bottom) at t = {', '.join(str(t) for t, _, _ in chosen)}"
-display(draw(torch.cat(rows), 8, title, "predictions.png"))
+labels = [f"t = {t}" for t, _, _ in chosen[:-1]] + ["sample"]
+display(draw(torch.cat(rows), "x_t (top) and its predicted x0 (bottom)", "predictions.png", labels))
 
 frames = []
 for t, x, x0 in film[::4] + film[-1:]:
-    title = f"t = {t}: x_t (top), predicted x0 (bottom)"
-    draw(torch.cat([x[:8], x0[:8]]), 8, title, "frame.png")
-    frames.append(iio.imread(out / "frame.png")[:, :, 0] // 51 * 51)  # 6 grays
-iio.imwrite(out / "one_page.gif", frames, duration=[100] * (len(frames) - 1) + [2000], loop=0)
+    title = f"t = {t}: x_t (top), predicted x0 (bottom)" if t >= 0 else "after the last step"
+    draw(torch.cat([x[8:], x0[8:]]), title, "frame.png")
+    frames.append(iio.imread(out / "frame.png")[:, :, 0] // 26 * 26)  # 10 grays: a small file
+iio.imwrite(out / "one_page.gif", frames, duration=[150] * (len(frames) - 1) + [2000], loop=0)
 alt = "Noise turns into eight images, above the predictions that led there"
 Image((out / "one_page.gif").read_bytes(), format="png", alt=alt)  # GitHub shows no GIF outputs
 
