@@ -18,8 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets
 
 
-# change a value, then run the cells below
-DATASET = "FashionMNIST"  # or "MNIST"
+DATASET = "FashionMNIST"  # or "MNIST"; change a value, then run the cells below
 SIZE = 28  # pixels per side, a multiple of 4
 T = 1000  # number of timesteps
 STEPS = 1500  # training steps
@@ -94,7 +93,7 @@ def draw(batch, title, file, labels=()):
 t = torch.linspace(0, T - 1, 8).long()
 x0 = images[1:2].to(device).expand(8, -1, -1, -1)
 x_t = q_sample(x0, t.to(device), torch.randn_like(x0))
-draw(x_t, "The forward process", "forward.png", [f"t = {i}" for i in t.tolist()])
+draw(x_t, "The forward process on one image", "forward.png", [f"t = {i}" for i in t.tolist()])
 
 
 ## 2. The network: from a mixture to its hidden part
@@ -245,7 +244,7 @@ frames = []
 for t, x, x0 in film[::4] + film[-1:]:
     title = f"t = {t}: x_t (top), predicted x0 (bottom)" if t >= 0 else "after the last step"
     draw(torch.cat([x[8:], x0[8:]]), title, "frame.png")
-    frames.append(iio.imread(out / "frame.png")[:, :, 0] // 26 * 26)  # 10 grays: a small file
+    frames.append(iio.imread(out / "frame.png")[:, :, 0] // 26 * 28)  # 10 grays: a small file
 iio.imwrite(out / "one_page.gif", frames, duration=[150] * (len(frames) - 1) + [2000], loop=0)
 alt = "Noise turns into eight images, above the predictions that led there"
 Image((out / "one_page.gif").read_bytes(), format="png", alt=alt)  # GitHub shows no GIF outputs
