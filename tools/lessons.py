@@ -32,7 +32,7 @@ ASSETS = {
     "03_unet.png": "lesson_03/first.png",
     "04_training.png": "lesson_04/first.png",
 }
-# what `run` executes unless told otherwise: about 20 minutes on two cores
+# what `run` executes unless told otherwise: about 30 minutes on two cores without AVX-512
 FIRST = ("00", "01", "02", "03", "04", "05")
 SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>.*?```python\n(.*?)```", re.DOTALL)
 
