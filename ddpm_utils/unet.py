@@ -29,7 +29,7 @@ def unfold_pixels(x: Tensor, fold: int) -> Tensor:
 def zero_init(layer: nn.Module) -> nn.Module:
     """Set the weights and the bias of `layer` to zero and return it.
 
-    A residual branch that ends in such a layer starts as the identity.
+    A residual branch that ends in such a layer starts at zero.
     """
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
