@@ -8,7 +8,6 @@ and goes on where it was stopped.
 The definitions from `one_for_all` to `PlayNet` are those of lesson 02 (a test compares them).
 """
 
-import argparse
 import datetime
 import math
 import statistics
@@ -26,7 +25,7 @@ from ddpm_utils.embeddings import TimeEmbedding, sinusoidal_embedding
 from ddpm_utils.schedules import make_schedule
 
 from .measure import machine, real_sets
-from .results import append, comparable_rows, place_and_command, read_rows
+from .results import append, comparable_rows, place_and_command, results_parser, rows_to_report
 
 SEEDS = (0, 1, 2)
 # the settings of the lesson
@@ -200,11 +199,7 @@ def run(
 
 def report(out: Path) -> str:
     """A table in Markdown. Raises FileNotFoundError if there are no results."""
-    rows = read_rows(out)
-    if not rows:
-        raise FileNotFoundError(
-            f"no results in {runtime.short_path(out)}: run `python -m benchmarks.embeddings` first"
-        )
+    rows = rows_to_report(out, "embeddings")
     best = {row["seed"]: row["loss"] for row in rows if row["embedding"] == "sinusoid of t"}
     lines = ["| embedding | seeds | loss | against the sinusoid of t |", "|---|---:|---:|---:|"]
     for name in dict.fromkeys(row["embedding"] for row in rows):
@@ -220,14 +215,9 @@ def report(out: Path) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.embeddings", description=__doc__.split("\n\n")[0]
-    )
+    parser = results_parser("embeddings", __doc__)
     parser.add_argument("--steps", type=int, default=runtime.shrink(400, 5), help="training steps")
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
-    parser.add_argument("--device", help="cpu, cuda, mps; the best one here if left out")
-    parser.add_argument("--out", type=Path, help="results (benchmarks/embeddings_<device>.jsonl)")
-    parser.add_argument("--report", action="store_true", help="measure nothing, print the table")
     args = parser.parse_args(arguments)
     device = runtime.pick_device(args.device)
     out, command = place_and_command("embeddings", arguments, args.out, f"embeddings_{device.type}")

@@ -31,7 +31,7 @@ from ddpm_utils.recipes import RECIPES
 from .contestants import Ours, Training, without
 from .measure import flops_per_image, machine, real_sets, synchronize
 from .recipes import SAMPLING_SEED, FrechetMetric, save
-from .results import append, comparable_rows, minutes, place_and_command, read_rows, write_csv
+from .results import append, comparable_rows, minutes, place_and_command, rows_to_report, write_csv
 
 NO_CLIPPING = 1e6  # a norm that no gradient has
 # Pixels a side on Fashion-MNIST: 28, or the next size that the network takes.
@@ -474,11 +474,7 @@ def report(out: Path) -> str:
 
     Raises FileNotFoundError without results.
     """
-    rows = latest(read_rows(out))
-    if not rows:
-        raise FileNotFoundError(
-            f"no results in {runtime.short_path(out)}: run `python -m benchmarks.gallery` first"
-        )
+    rows = latest(rows_to_report(out, "gallery"))
     write_csv(out, COLUMNS, rows)
     one = next(row for row in rows if "machine" in row)
     lines = [

@@ -1,5 +1,6 @@
 """Results of the benchmark: a line of JSON each, and the table, CSV and plot made of them."""
 
+import argparse
 import csv
 import json
 import math
@@ -72,6 +73,29 @@ def place_and_command(
     out = given or folder / f"{stem}.jsonl"
     shown = [out.name if text == str(given) else text for text in arguments]
     return out, shlex.join(["python", "-m", f"benchmarks.{module}", *shown])
+
+
+def results_parser(module: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a benchmark, with the options of all that keep results in a file by device."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}", description=description.split("\n\n")[0]
+    )
+    parser.add_argument("--device", help="cpu, cuda, mps; the best one here if left out")
+    parser.add_argument("--out", type=Path, help=f"results (benchmarks/{module}_<device>.jsonl)")
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing, report the results there are"
+    )
+    return parser
+
+
+def rows_to_report(out: Path, module: str) -> list[dict]:
+    """The results in `out`. Raises FileNotFoundError if there are none."""
+    rows = read_rows(out)
+    if not rows:
+        raise FileNotFoundError(
+            f"no results in {runtime.short_path(out)}: run `python -m benchmarks.{module}` first"
+        )
+    return rows
 
 
 def current(rows: list[dict]) -> list[dict]:
@@ -263,11 +287,7 @@ def report(out: Path) -> str:
 
     Raises FileNotFoundError if there are none.
     """
-    rows = current(read_rows(out))
-    if not rows:
-        raise FileNotFoundError(
-            f"no results in {runtime.short_path(out)}: run `python -m benchmarks.recipes` first"
-        )
+    rows = current(rows_to_report(out, "recipes"))
     write_csv(out, COLUMNS, rows)
     lines = [*preface(rows), ""]
     for sampler, title in (

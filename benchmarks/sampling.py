@@ -6,7 +6,6 @@ beside it; given again, it goes on where it was stopped. Lesson 06 draws its slo
 CSV.
 """
 
-import argparse
 import datetime
 import sys
 import time
@@ -22,7 +21,14 @@ from ddpm_utils.schedules import make_schedule
 
 from .measure import machine, real_sets, shipped_network, synchronize
 from .recipes import FrechetMetric
-from .results import append, comparable_rows, place_and_command, read_rows, write_csv
+from .results import (
+    append,
+    comparable_rows,
+    place_and_command,
+    results_parser,
+    rows_to_report,
+    write_csv,
+)
 
 # name: (sampler, spacing, eta, the numbers of calls)
 PLAN = {
@@ -161,11 +167,8 @@ def report(out: Path) -> str:
 
     Raises FileNotFoundError if there are no results.
     """
-    rows = sorted(read_rows(out), key=lambda row: (list(PLAN).index(row["name"]), row["calls"]))
-    if not rows:
-        raise FileNotFoundError(
-            f"no results in {runtime.short_path(out)}: run `python -m benchmarks.sampling` first"
-        )
+    rows = rows_to_report(out, "sampling")
+    rows.sort(key=lambda row: (list(PLAN).index(row["name"]), row["calls"]))
     write_csv(out, COLUMNS, rows)
     calls = sorted({row["calls"] for row in rows})
     lines = [
@@ -195,9 +198,7 @@ def draw_plot(rows: list[dict], path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sampling", description=__doc__.split("\n\n")[0]
-    )
+    parser = results_parser("sampling", __doc__)
     parser.add_argument(
         "--n", type=int, default=runtime.shrink(N, 24), help="images a measurement (%(default)s)"
     )
@@ -206,15 +207,6 @@ def main(arguments: list[str]) -> None:
         type=int,
         default=1000,
         help="leave out what takes more calls than this (%(default)s)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, mps; the best one here if left out")
-    parser.add_argument(
-        "--out", type=Path, help="file of the results (benchmarks/sampling_<device>.jsonl)"
-    )
-    parser.add_argument(
-        "--report",
-        action="store_true",
-        help="measure nothing, write the table from the results there are",
     )
     args = parser.parse_args(arguments)
     device = runtime.pick_device(args.device)

@@ -8,7 +8,6 @@ with a constant and with a falling learning rate, and measures the raw and the a
 appends a line of JSON for every training and goes on where it was stopped.
 """
 
-import argparse
 import datetime
 import statistics
 import sys
@@ -24,7 +23,7 @@ from ddpm_utils.diffusion import Denoiser
 from ddpm_utils.unet import UNet
 
 from .measure import machine, real_sets
-from .results import append, comparable_rows, place_and_command, read_rows
+from .results import append, comparable_rows, place_and_command, results_parser, rows_to_report
 
 SEEDS = (0, 1, 2)
 STEPS = {"paper": 200, "constant": 400, "falling": 400}
@@ -147,11 +146,7 @@ def change(row: dict, part: slice) -> float:
 
 def report(out: Path) -> str:
     """Two tables in Markdown. Raises FileNotFoundError if there are no results."""
-    rows = read_rows(out)
-    if not rows:
-        raise FileNotFoundError(
-            f"no results in {runtime.short_path(out)}: run `python -m benchmarks.short_runs` first"
-        )
+    rows = rows_to_report(out, "short_runs")
     lines = ["| seed | change of the loss | first fifth of t | last fifth |", "|---|--:|--:|--:|"]
     for row in (row for row in rows if row["experiment"] == "paper"):
         parts = slice(None), slice(0, N_BINS // 5), slice(-(N_BINS // 5), None)
@@ -167,13 +162,8 @@ def report(out: Path) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.short_runs", description=__doc__.split("\n\n")[0]
-    )
+    parser = results_parser("short_runs", __doc__)
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
-    parser.add_argument("--device", help="cpu, cuda, mps; the best one here if left out")
-    parser.add_argument("--out", type=Path, help="results (benchmarks/short_runs_<device>.jsonl)")
-    parser.add_argument("--report", action="store_true", help="measure nothing, print the tables")
     args = parser.parse_args(arguments)
     device = runtime.pick_device(args.device)
     out, command = place_and_command("short_runs", arguments, args.out, f"short_runs_{device.type}")

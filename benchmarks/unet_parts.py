@@ -7,7 +7,6 @@ except for the missing skips, and see the same batches. It appends a line of JSO
 and goes on where it was stopped; lesson 03 plots the lines.
 """
 
-import argparse
 import datetime
 import statistics
 import sys
@@ -25,7 +24,7 @@ from ddpm_utils.schedules import NoiseSchedule, make_schedule
 from ddpm_utils.unet import UNet
 
 from .measure import machine, real_sets
-from .results import append, comparable_rows, place_and_command, read_rows
+from .results import append, comparable_rows, place_and_command, results_parser, rows_to_report
 
 NETWORKS = ("as built", "skips zeroed", "no attention")
 SEEDS = (0, 1, 2)
@@ -131,11 +130,7 @@ def report(out: Path) -> str:
 
     Raises FileNotFoundError if there are no results.
     """
-    rows = read_rows(out)
-    if not rows:
-        raise FileNotFoundError(
-            f"no results in {runtime.short_path(out)}: run `python -m benchmarks.unet_parts` first"
-        )
+    rows = rows_to_report(out, "unet_parts")
     heads = " | ".join(f"{level:g}" for level in rows[0]["noise_std"])
     lines = [f"| noise level | {heads} |", "|---" * (len(rows[0]["noise_std"]) + 1) + "|"]
     for name in NETWORKS:
@@ -146,14 +141,9 @@ def report(out: Path) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.unet_parts", description=__doc__.split("\n\n")[0]
-    )
+    parser = results_parser("unet_parts", __doc__)
     parser.add_argument("--steps", type=int, default=runtime.shrink(STEPS, 3))
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
-    parser.add_argument("--device", help="cpu, cuda, mps; the best one here if left out")
-    parser.add_argument("--out", type=Path, help="results (benchmarks/unet_parts_<device>.jsonl)")
-    parser.add_argument("--report", action="store_true", help="measure nothing, print the table")
     args = parser.parse_args(arguments)
     device = runtime.pick_device(args.device)
     out, command = place_and_command("unet_parts", arguments, args.out, f"unet_parts_{device.type}")

@@ -8,7 +8,6 @@ pass through mean and variance, so only the rescaling is left. It appends a line
 network and goes on where it was stopped; lesson 03 prints the table.
 """
 
-import argparse
 import datetime
 import statistics
 import sys
@@ -22,7 +21,7 @@ from ddpm_utils.config import TrainConfig, for_this_run
 from ddpm_utils.unet import UNet
 
 from .measure import machine
-from .results import append, comparable_rows, place_and_command, read_rows
+from .results import append, comparable_rows, place_and_command, results_parser, rows_to_report
 
 SEEDS = (0, 1, 2)
 SIZE, FAR, N = 28, 10, 32  # pixels a side, pixels that count as far, random inputs
@@ -122,11 +121,7 @@ def report(out: Path) -> str:
 
     Raises FileNotFoundError if there are no results.
     """
-    rows = read_rows(out)
-    if not rows:
-        raise FileNotFoundError(
-            f"no results in {runtime.short_path(out)}: run `python -m benchmarks.unet_view` first"
-        )
+    rows = rows_to_report(out, "unet_view")
     lines = [
         f"Share of the gradient from more than {rows[0]['far']} pixels away; a uniform view has "
         f"{rows[0]['uniform']:.1%}.",
@@ -144,13 +139,8 @@ def report(out: Path) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.unet_view", description=__doc__.split("\n\n")[0]
-    )
+    parser = results_parser("unet_view", __doc__)
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
-    parser.add_argument("--device", help="cpu, cuda, mps; the best one here if left out")
-    parser.add_argument("--out", type=Path, help="results (benchmarks/unet_view_<device>.jsonl)")
-    parser.add_argument("--report", action="store_true", help="measure nothing, print the table")
     args = parser.parse_args(arguments)
     device = runtime.pick_device(args.device)
     out, command = place_and_command("unet_view", arguments, args.out, f"unet_view_{device.type}")

@@ -10,7 +10,6 @@ DDPM's process (DDIM with eta = 1) down to t = 100, and then take every single s
 noise. `--split 999` takes every step from the first on, four times as many network calls.
 """
 
-import argparse
 import datetime
 import statistics
 import sys
@@ -26,7 +25,7 @@ from ddpm_utils.schedules import make_schedule
 
 from .measure import machine, real_sets, shipped_network
 from .recipes import FrechetMetric
-from .results import append, comparable_rows, place_and_command, read_rows
+from .results import append, comparable_rows, place_and_command, results_parser, rows_to_report
 
 DATASETS = ("fashion_mnist", "mnist")
 VARIANCES = ("beta_tilde", "beta")
@@ -108,11 +107,7 @@ def words(row: dict) -> str:
 
 def report(out: Path) -> str:
     """A table in Markdown. Raises FileNotFoundError if there are no results."""
-    rows = read_rows(out)
-    if not rows:
-        raise FileNotFoundError(
-            f"no results in {runtime.short_path(out)}: run `python -m benchmarks.variance` first"
-        )
+    rows = rows_to_report(out, "variance")
     lines = [
         "| data | seeds | floor | beta-tilde | beta | beta − beta-tilde |",
         "|---|---:|---:|---:|---:|---:|",
@@ -134,17 +129,12 @@ def report(out: Path) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.variance", description=__doc__.split("\n\n")[0]
-    )
+    parser = results_parser("variance", __doc__)
     sets = runtime.shrink(DATASETS, ("digits",))
     parser.add_argument("--n", type=int, default=runtime.shrink(N, 24), help="images drawn")
     parser.add_argument("--split", type=int, default=100, help="t where the chains part")
     parser.add_argument("--datasets", nargs="*", choices=sets, default=sets)
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
-    parser.add_argument("--device", help="cpu, cuda, mps; the best one here if left out")
-    parser.add_argument("--out", type=Path, help="results (benchmarks/variance_<device>.jsonl)")
-    parser.add_argument("--report", action="store_true", help="measure nothing, print the table")
     args = parser.parse_args(arguments)
     device = runtime.pick_device(args.device)
     out, command = place_and_command("variance", arguments, args.out, f"variance_{device.type}")
