@@ -59,7 +59,7 @@ def test_file_is_plain_and_small(lesson):
     assert path.stat().st_size < 1_100_000
     assert notebook.metadata.kernelspec.name == "python3"
     assert set(notebook.metadata) <= {"kernelspec", "language_info", "accelerator", "colab"}
-    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+    assert all(set(cell.metadata) <= {"tags", *tool.FOLDED} for cell in notebook.cells)
     stored = code_of(notebook) + text_of(notebook) + printed(notebook)
     assert not PATH_OF_A_MACHINE.search(stored), PATH_OF_A_MACHINE.search(stored)
     longest = max(len(cell.source.splitlines()) for cell in code_cells(notebook))
@@ -69,7 +69,16 @@ def test_file_is_plain_and_small(lesson):
 def test_setup_cell_is_the_same_everywhere():
     setups = {code_cells(read_lesson(name))[0].source for name in LESSONS}
     assert len(setups) == 1, "the setup cell differs between lessons"
-    assert f'REPOSITORY = "{tool.repository()}"' in setups.pop()
+    setup = setups.pop()
+    assert f'REPOSITORY = "{tool.repository()}"' in setup
+    assert setup.startswith("# @title Setup"), "Colab shows this line when it hides the cell"
+
+
+def test_jupyterlab_and_colab_fold_the_setup_cell_and_no_other():
+    for name in LESSONS:
+        setup, *others = code_cells(read_lesson(name))
+        assert {key: setup.metadata.get(key) for key in tool.FOLDED} == tool.FOLDED
+        assert not any(key in cell.metadata for cell in others for key in tool.FOLDED)
 
 
 @every_notebook

@@ -107,13 +107,17 @@ def execute(notebook, folder: Path, env: dict | None = None) -> float:
     return time.perf_counter() - start
 
 
+# Colab and JupyterLab show a cell with this metadata as one line.
+FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}}
+
+
 def clean(notebook) -> None:
     """Leave in the metadata only what a reader needs."""
     notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = LANGUAGE
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict(
-            {key: value for key, value in cell.metadata.items() if key == "tags"}
+            {key: value for key, value in cell.metadata.items() if key in {"tags", *FOLDED}}
         )
 
 
