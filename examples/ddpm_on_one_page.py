@@ -179,13 +179,14 @@ model = UNet().to(device)
 optimizer = torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.99))
 schedule = OneCycleLR(optimizer, LR, total_steps=STEPS, pct_start=0.05)
 average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-middle = torch.distributions.Beta(2.0, 2.0)
 losses = []
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
 for step in range(STEPS):
     x0 = images[torch.randint(len(images), (BATCH,))].to(device)
-    t = (T * middle.sample((BATCH,))).long().to(device)
+    u = (torch.arange(BATCH) + torch.rand(BATCH)) / BATCH  # spread evenly over 0 … 1
+    u = 0.5 - torch.sin(torch.asin(1 - 2 * u) / 3)  # then drawn toward the middle
+    t = (T * u).long().clamp(max=T - 1).to(device)
     eps = torch.randn_like(x0)
     loss = F.mse_loss(model(q_sample(x0, t, eps), t), velocity(x0, t, eps))
     optimizer.zero_grad()
