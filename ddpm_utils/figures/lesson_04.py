@@ -209,7 +209,7 @@ def loss_curve_and_split(
     t = round(0.88 * (timesteps - 1))
     point, align = (t, affine_loss[t]), {"ha": "right", "va": "top"}
     _label(right, "best affine\ndenoiser", point, plots.REFERENCE, (-6, 2), **align)
-    styles = ((":", (0, 7), "bottom", "network at "), ("-", (0, -7), "top", "at "))
+    styles = ((":", (0, 7), "bottom", "network, "), ("-", (0, -7), "top", ""))
     for (step, losses), (style, offset, va, name) in zip(loss_at.items(), styles, strict=True):
         centers, means, _ = _binned(losses, timesteps)
         right.semilogy(centers, means, color=plots.MODEL, ls=style)
