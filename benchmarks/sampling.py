@@ -2,11 +2,12 @@
 with few calls and many.
 
 `python -m benchmarks.sampling` appends a line of JSON for every measurement and writes CSV and plot
-beside it; given again, it goes on where it was stopped. Lesson 06 draws its slow points from the
-CSV.
+beside it; given again, it goes on where it was stopped. `--names`, `--calls` and `--seeds` choose
+points of the plan. Lesson 06 draws its slow points from the CSV.
 """
 
 import datetime
+import statistics
 import sys
 import time
 from itertools import cycle
@@ -37,13 +38,18 @@ PLAN = {
     "DDIM, quadratic": ("ddim", "quadratic", 0.0, [5, 10, 20, 50]),
     "DDIM, log-SNR": ("ddim", "log_snr", 0.0, [5, 10, 20, 50]),
     "DDIM, η = 1": ("ddim", "uniform", 1.0, [10, 20, 50, 100]),
+    "DDIM, η = 1, log-SNR": ("ddim", "log_snr", 1.0, [10, 15, 20, 30, 50, 100]),
     "DPM-Solver++ 2M": ("dpm", "uniform", 0.0, [5, 7, 10, 15, 20, 30, 50, 100]),
     "DPM-Solver++ 2M, quadratic": ("dpm", "quadratic", 0.0, [5, 10, 20, 50]),
-    "DPM-Solver++ 2M, log-SNR": ("dpm", "log_snr", 0.0, [5, 10, 20, 50]),
+    "DPM-Solver++ 2M, log-SNR": ("dpm", "log_snr", 0.0, [5, 10, 15, 20, 30, 50]),
+    "SDE-DPM-Solver++ 2M": ("dpm", "uniform", 1.0, [10, 20, 50]),
+    "SDE-DPM-Solver++ 2M, log-SNR": ("dpm", "log_snr", 1.0, [10, 15, 20, 30, 50, 100]),
+    "DPM-Solver++ 2M, one jump": ("dpm", "one_jump", 0.0, [10, 15, 20, 30]),
+    "SDE-DPM-Solver++ 2M, one jump": ("dpm", "one_jump", 1.0, [10, 15, 20, 30, 50]),
 }
 N = 1000  # images a measurement
 BATCH = 250
-SEED = 0  # of the noise that all start from
+SEED = 0  # of the noise that all start from, unless --seeds names others
 COLUMNS = (
     "name",
     "sampler",
@@ -66,6 +72,21 @@ COLUMNS = (
 )
 
 
+def times_of(schedule, calls: int, spacing: str) -> list[int]:
+    """The times of `spaced_timesteps`, or with "one_jump" those even in the log-SNR, but with a
+    single step from T−1 to a noise level below 0.999 (lesson 06).
+    """
+    if spacing != "one_jump":
+        return sampling.spaced_timesteps(schedule, calls, spacing)
+    levels = (1 - schedule.alpha_bars).sqrt()
+    for number in range(calls, len(schedule) + 1):
+        first, *rest = sampling.spaced_timesteps(schedule, number, "log_snr")
+        rest = [t for t in rest if levels[t] < 0.999]
+        if len(rest) >= calls - 1:
+            return [first, *rest[len(rest) - calls + 1 :]]
+    return sampling.spaced_timesteps(schedule, calls, "log_snr")
+
+
 def draw(
     denoise,
     schedule,
@@ -79,10 +100,10 @@ def draw(
     """Images of `shape` in model range, from the noise that `rng` gives next."""
     if sampler == "ddpm":
         return sampling.last(sampling.ddpm_sample(denoise, schedule, shape, generator=rng))
-    times = sampling.spaced_timesteps(schedule, calls, spacing)
+    times = times_of(schedule, calls, spacing)
     if sampler == "ddim":
         return sampling.last(sampling.ddim_sample(denoise, schedule, shape, times, eta, rng))
-    return sampling.last(sampling.dpm_solver_sample(denoise, schedule, shape, times, rng))
+    return sampling.last(sampling.dpm_solver_sample(denoise, schedule, shape, times, rng, eta=eta))
 
 
 def measure(
@@ -95,11 +116,12 @@ def measure(
     spacing: str,
     eta: float,
     calls: int,
+    seed: int = SEED,
 ) -> dict:
     """Fréchet distance of n images, and the seconds it took to draw them."""
     schedule = make_schedule(**cfg.noise()).to(device)
     denoise = Denoiser(model, schedule, cfg.target)
-    rng, parts = torch.Generator(device).manual_seed(SEED), []
+    rng, parts = torch.Generator(device).manual_seed(seed), []
     synchronize(device)
     began = time.perf_counter()
     for first in range(0, n, BATCH):
@@ -119,8 +141,14 @@ def run(
     device,
     most: int,
     command: str,
+    names=(),
+    seeds=(SEED,),
+    only=(),
 ) -> None:
-    """All points of the plan of up to `most` calls that `out` lacks, few calls first."""
+    """All points of the plan of up to `most` calls that `out` lacks, few calls first.
+
+    `names` and `only` choose samplers and numbers of calls; by default, all are measured.
+    """
     dataset = runtime.shrink("fashion_mnist", "digits")
     train_set, test_set = real_sets()
     model, cfg = shipped_network(dataset, device)
@@ -129,17 +157,22 @@ def run(
         **machine(device, train_set.title),
     }
     rows = comparable_rows(out, same)
-    points = [(calls, name) for name, entry in PLAN.items() for calls in entry[-1]]
-    points = [(calls, name) for calls, name in sorted(points) if calls <= min(most, cfg.timesteps)]
-    done = {(row["calls"], row["name"]) for row in rows if row["n"] == n}
-    waiting = [point for point in points if point not in done]
+    points = [
+        (calls, name, seed)
+        for name in names or PLAN
+        for calls in PLAN[name][-1]
+        for seed in seeds
+        if calls <= min(most, cfg.timesteps) and (not only or calls in only)
+    ]
+    done = {(row["calls"], row["name"], row["seed"]) for row in rows if row["n"] == n}
+    waiting = [point for point in sorted(points) if point not in done]
     if not waiting:
         return
     metric = FrechetMetric(train_set, test_set, device)
     floor = metric.floor(n)
-    for calls, name in waiting:
+    for calls, name, seed in waiting:
         sampler, spacing, eta, _ = PLAN[name]
-        found = measure(model, cfg, metric, n, device, sampler, spacing, eta, calls)
+        found = measure(model, cfg, metric, n, device, sampler, spacing, eta, calls, seed)
         row = {
             "name": name,
             "sampler": sampler,
@@ -149,26 +182,26 @@ def run(
             "n": n,
             **found,
             "floor": floor,
-            "seed": SEED,
+            "seed": seed,
             **same,
             "date": datetime.date.today().isoformat(),
             "command": command,
         }
         append(out, row)
         print(
-            f"{name}, {calls} calls: {found['distance']:.2f}, floor {floor:.2f}, "
+            f"{name}, {calls} calls, seed {seed}: {found['distance']:.2f}, floor {floor:.2f}, "
             f"{found['seconds']:.0f} s",
             flush=True,
         )
 
 
 def report(out: Path) -> str:
-    """A table in Markdown, which is returned, and CSV and plot beside `out`.
+    """A table in Markdown, which is returned, and CSV and plot beside `out`; means over the seeds.
 
     Raises FileNotFoundError if there are no results.
     """
     rows = rows_to_report(out, "sampling")
-    rows.sort(key=lambda row: (list(PLAN).index(row["name"]), row["calls"]))
+    rows.sort(key=lambda row: (list(PLAN).index(row["name"]), row["calls"], row["seed"]))
     write_csv(out, COLUMNS, rows)
     calls = sorted({row["calls"] for row in rows})
     lines = [
@@ -176,10 +209,19 @@ def report(out: Path) -> str:
         "|---" + "|---:" * len(calls) + "|",
     ]
     for name in dict.fromkeys(row["name"] for row in rows):
-        found = {row["calls"]: f"{row['distance']:.1f}" for row in rows if row["name"] == name}
+        found = {c: f"{value:.1f}" for c, value in means(rows, name).items()}
         lines.append(f"| {name} | " + " | ".join(found.get(c, "") for c in calls) + " |")
     draw_plot(rows, out.with_suffix(".png"))
     return "\n".join(lines)
+
+
+def means(rows: list[dict], name: str) -> dict[int, float]:
+    """The mean distance over the seeds, by the number of calls."""
+    found: dict = {}
+    for row in rows:
+        if row["name"] == name:
+            found.setdefault(row["calls"], []).append(row["distance"])
+    return {calls: statistics.fmean(values) for calls, values in found.items()}
 
 
 def draw_plot(rows: list[dict], path: Path) -> None:
@@ -188,10 +230,8 @@ def draw_plot(rows: list[dict], path: Path) -> None:
     for name, sign in zip(
         dict.fromkeys(row["name"] for row in rows), cycle("osD^vP*X"), strict=False
     ):
-        points = [
-            (row["calls"], row["distance"] / row["floor"]) for row in rows if row["name"] == name
-        ]
-        ax.loglog(*zip(*points, strict=True), marker=sign, label=name)
+        found = {c: value / rows[0]["floor"] for c, value in means(rows, name).items()}
+        ax.loglog(list(found), list(found.values()), marker=sign, label=name)
     ax.set(xlabel="network calls an image", ylabel="Fréchet distance / floor")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     fig.savefig(path)
@@ -208,11 +248,14 @@ def main(arguments: list[str]) -> None:
         default=1000,
         help="leave out what takes more calls than this (%(default)s)",
     )
+    parser.add_argument("--names", nargs="+", choices=PLAN, default=[], help="samplers (all)")
+    parser.add_argument("--calls", type=int, nargs="+", default=[], help="numbers of calls (all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[SEED], help="of the noise (0)")
     args = parser.parse_args(arguments)
     device = runtime.pick_device(args.device)
     out, command = place_and_command("sampling", arguments, args.out, f"sampling_{device.type}")
     if not args.report:
-        run(out, args.n, device, args.most, command)
+        run(out, args.n, device, args.most, command, args.names, args.seeds, args.calls)
     print(report(out))
 
 

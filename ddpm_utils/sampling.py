@@ -86,8 +86,9 @@ def ddim_step(
     """Step from x_t at time t to any other time t_next (DDIM, 2010.02502, Eq. 12).
 
     x_next = √ᾱ_next·x0_hat + √(1 − ᾱ_next − σ²)·eps_hat + σ·noise. At t_next = −1 the result is the
-    finished image. eta = 0 adds no noise, and only then may t_next be later than t. eta = 1 over
-    all T steps is DDPM. x_t and x0_hat have shape (B, …); t and t_next are (B,) long.
+    finished image. eta = 0 adds no noise, and only then may t_next be later than t. eta = 1 is the
+    first-order step of SDE-DPM-Solver++ (2211.01095), and over all T steps DDPM. x_t and x0_hat
+    have shape (B, …); t and t_next are (B,) long.
     """
     alpha_bar_t = at(schedule.alpha_bars, t, x_t)
     last = (t_next < 0).view(alpha_bar_t.shape)
@@ -143,9 +144,9 @@ def ddim_sample(
 
     Sampling starts from x_T ~ N(0, I) of `shape`, or from `start`. `steps` is the number of steps,
     spread evenly over 0 … T−1, or the times themselves, descending. `order` 2 adds the
-    extrapolation that turns DDIM into DPM-Solver++ 2M (see `dpm_solver_sample`); it is meant for
-    eta = 0. Yields (t, x_t, x0_hat) at each time, then (−1, x0, x0). Raises ValueError if `order`
-    is not 1 or 2, or if the times do not descend within 0 … T−1.
+    extrapolation that turns DDIM into DPM-Solver++ 2M, and DDIM with eta = 1 into SDE-DPM-Solver++
+    2M (see `dpm_solver_sample`). Yields (t, x_t, x0_hat) at each time, then (−1, x0, x0). Raises
+    ValueError if `order` is not 1 or 2, or if the times do not descend within 0 … T−1.
     """
     if order not in (1, 2):
         raise ValueError(f"order={order} is not known: choose 1 (DDIM) or 2 (DPM-Solver++ 2M)")
@@ -175,16 +176,19 @@ def dpm_solver_sample(
     generator: torch.Generator | None = None,
     y: Tensor | None = None,
     start: Tensor | None = None,
+    eta: float = 0.0,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Sample with second-order steps without noise: DPM-Solver++ 2M (2211.01095, Algorithm 2).
+    """Sample with second-order steps: DPM-Solver++ 2M (2211.01095, Algorithm 2).
 
     Each step is a DDIM step whose clean image is extrapolated to the middle of the step from the
-    last two estimates (see `multistep_guess`). The first and the last step are those of DDIM. If
-    `steps` is a number, the times are spread evenly in the log-SNR, which suits this solver best.
-    The other arguments and the results are those of `ddim_sample`.
+    last two estimates (see `multistep_guess`). The first and the last step are those of DDIM.
+    eta = 1 gives SDE-DPM-Solver++ 2M of the same paper, because its first-order step is `ddim_step`
+    with eta = 1 and its second-order correction is the same extrapolation. If `steps` is a number,
+    the times are spread evenly in the log-SNR, which suits this solver best. The other arguments
+    and the results are those of `ddim_sample`.
     """
     times = spaced_timesteps(schedule, steps, "log_snr") if isinstance(steps, int) else steps
-    return ddim_sample(denoise, schedule, shape, times, 0.0, generator, y, start, order=2)
+    return ddim_sample(denoise, schedule, shape, times, eta, generator, y, start, order=2)
 
 
 def ddim_encode(

@@ -96,7 +96,7 @@ x_t = q_sample(x0, t.to(device), torch.randn_like(x0))
 draw(x_t, "The forward process on one image", "forward.png", [f"t = {i}" for i in t.tolist()])
 
 
-## 2. The network: from a mixture to its hidden part
+## 2. The network and what it predicts
 
 
 def time_embedding(t, dim):
@@ -185,7 +185,7 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 for step in range(STEPS):
     x0 = images[torch.randint(len(images), (BATCH,))].to(device)
     u = (torch.arange(BATCH) + torch.rand(BATCH)) / BATCH  # spread evenly over 0 … 1
-    u = 0.5 - torch.sin(torch.asin(1 - 2 * u) / 3)  # then drawn toward the middle
+    u = 0.5 - torch.sin(torch.asin(1 - 2 * u) / 3)  # denser in the middle: inverts 3u² - 2u³
     t = (T * u).long().clamp(max=T - 1).to(device)
     eps = torch.randn_like(x0)
     loss = F.mse_loss(model(q_sample(x0, t, eps), t), velocity(x0, t, eps))
@@ -237,14 +237,14 @@ draw(samples, f"Sixteen samples after {CALLS} network calls", "samples.png")
 
 
 chosen = [film[CALLS * i // 7] for i in range(8)]
-rows = [x[3:4] for _, x, _ in chosen] + [x0[3:4] for _, _, x0 in chosen]
+rows = [x[2:3] for _, x, _ in chosen] + [x0[2:3] for _, _, x0 in chosen]
 labels = [f"t = {t}" for t, _, _ in chosen[:-1]] + ["sample"]
 display(draw(torch.cat(rows), "x_t (top) and its predicted x0 (bottom)", "predictions.png", labels))
 
 frames = []
 for t, x, x0 in film[::4] + film[-1:]:
     title = f"t = {t}: x_t (top), predicted x0 (bottom)" if t >= 0 else "after the last step"
-    draw(torch.cat([x[8:], x0[8:]]), title, "frame.png")
+    draw(torch.cat([x[:8], x0[:8]]), title, "frame.png")
     frames.append(iio.imread(out / "frame.png")[:, :, 0] // 26 * 28)  # 10 grays: a small file
 iio.imwrite(out / "one_page.gif", frames, duration=[150] * (len(frames) - 1) + [2000], loop=0)
 alt = "Noise turns into eight images, above the predictions that led there"

@@ -539,6 +539,43 @@ def test_dpm_solver_agrees_with_diffusers_from_equal_noise(name, target, theirs_
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("spacing", ["uniform", "log_snr"])
+def test_stochastic_dpm_solver_agrees_with_diffusers_from_equal_noise(spacing, order):
+    """With eta = 1, the sampler is SDE-DPM-Solver++, if both add the same noise at every step."""
+    schedule = NoiseSchedule(betas_for("cosine", 1000))
+    theirs = DPMSolverMultistepScheduler(
+        trained_betas=schedule.betas.numpy(),
+        algorithm_type="sde-dpmsolver++",
+        solver_order=order,
+        prediction_type="v_prediction",
+        final_sigmas_type="zero",
+    )
+    times = spaced_timesteps(schedule, 20, spacing)
+    theirs.set_timesteps(timesteps=times)
+    x, rng = torch.randn(3, 1, 6, 6, generator=seeded()), seeded(1)
+    start = x
+    for t in theirs.timesteps:
+        noise = torch.randn(x.shape, generator=rng)
+        x = theirs.step(wavy(x, t.expand(3)), t, x, variance_noise=noise).prev_sample
+    denoise = Denoiser(wavy, schedule, "v", clamp=False)
+    got = ddim_sample(
+        denoise, schedule, start.shape, times, 1.0, seeded(1), start=start, order=order
+    )
+    torch.testing.assert_close(last(got), x, rtol=1e-4, atol=1e-4)
+
+
+def test_dpm_solver_with_eta_is_ddim_of_second_order_with_eta():
+    schedule = make_schedule("cosine", 1000)
+    denoise, shape = Denoiser(wavy, schedule, "v"), (2, 1, 4, 4)
+    times = spaced_timesteps(schedule, 12, "log_snr")
+    got, without = (
+        last(dpm_solver_sample(denoise, schedule, shape, 12, seeded(3), eta=eta)) for eta in (1, 0)
+    )
+    same = last(ddim_sample(denoise, schedule, shape, times, 1.0, seeded(3), order=2))
+    assert torch.equal(got, same) and (got - without).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 @pytest.mark.parametrize("steps", [7, 50])
 def test_ddim_agrees_with_diffusers_from_equal_noise(name, steps):

@@ -31,6 +31,9 @@ ASSETS = {
     "02_clock.png": "lesson_02/first.png",
     "03_unet.png": "lesson_03/first.png",
     "04_training.png": "lesson_04/first.png",
+    "06_fast_sampling.png": "lesson_06/first.png",
+    "09_exact_denoiser.png": "lesson_09/first.png",
+    "12_four_unets.png": "lesson_12/first.png",
 }
 # what `run` executes unless told otherwise: about 30 minutes on two cores without AVX-512
 FIRST = ("00", "01", "02", "03", "04", "05")

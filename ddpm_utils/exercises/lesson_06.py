@@ -15,29 +15,25 @@ def check_half_way(guess) -> Verdict:
     if guess is None:
         return unanswered()
     if not is_number(guess):
-        return wrong(f"a number is wanted, such as 0.9; got {guess!r}")
+        return wrong(f"expected a number, such as 0.9; got {guess!r}")
     if abs(guess - math.sqrt(0.5)) < 0.01:
         return right(
-            "√½ = 0.707: each noise brings a quarter of its variance, and independent variances "
-            "add."
+            "√½ = 0.707: each noise contributes a quarter of its variance, and independent "
+            "variances add."
         )
     slips = {
-        1.0: "that would be so on the arc; on the line each noise enters with the factor ½, and "
-        "its variance with ¼.",
-        0.5: "that is the variance (or the standard deviation, were the two the same noise): take "
-        "the root of ¼ + ¼.",
-        0.25: "that is what one of the two brings, as a variance: add the other's, and take the "
-        "root.",
-        math.sqrt(2): "that is the sum of the two; half-way is half of it.",
+        1.0: "that is the value on the arc; on the line each noise has the factor ½, and its "
+        "variance the factor ¼.",
+        0.5: "that is the variance, ¼ + ¼; take its square root.",
+        0.25: "that is the variance of one of the two; add that of the other, and take the "
+        "square root.",
+        math.sqrt(2): "that is the standard deviation of the sum; halfway is half of the sum.",
         0.0: "they do not cancel: the noises are independent, not opposite.",
     }
     for slip, words in slips.items():
         if abs(guess - slip) < 0.01:
             return wrong(words)
-    return wrong(
-        "not that: add the variances that the two noises bring with the factor ½ each, then take "
-        "the root."
-    )
+    return wrong("not quite: add the variances of ½ times each noise, then take the square root.")
 
 
 def check_leading(answer) -> Verdict:
@@ -53,24 +49,24 @@ def check_leading(answer) -> Verdict:
         try:
             got = [int(t) for t in got]
         except (TypeError, ValueError):
-            return wrong(f"a list of whole numbers is wanted; got {got!r}")
+            return wrong(f"expected a list of whole numbers; got {got!r}")
         step = timesteps // steps
         wanted = [i * step for i in reversed(range(steps))]
         where = f"T = {timesteps}, {steps} steps: "
         if got == wanted[::-1]:
             return wrong(
-                where + "these are the right times, but rising: a sampler begins with the noisiest."
+                where + "these are the right times, but rising; a sampler starts with the noisiest."
             )
         if len(got) != steps:
             return wrong(
                 where
-                + f"you list {len(got)} times; the multiples of {step} below T may be more than "
-                "are asked for."
+                + f"you list {len(got)} times; there may be more multiples of {step} below T than "
+                "steps."
             )
         if got == [t - 1 for t in range(timesteps, 0, -step)][:steps]:
             return wrong(
                 where
-                + "you count down from T − 1. That is a better spacing (“trailing”), but another "
+                + "you count down from T − 1. That is a better spacing (“trailing”), but not this "
                 "one."
             )
         if got != wanted:
@@ -79,8 +75,8 @@ def check_leading(answer) -> Verdict:
                 f"{wanted[-2:]}."
             )
     return right(
-        "and the first time is 980 of 999 for 50 steps: the network is told that pure noise still "
-        "holds some image."
+        "the first time is 980 for 50 steps, not 999: the network is told that pure noise still "
+        "contains some image."
     )
 
 
@@ -95,7 +91,7 @@ def check_coefficients(answer) -> Verdict:
     if problem:
         return problem
     if not isinstance(got, tuple | list) or len(got) != 2:
-        return wrong("two coefficients are wanted: return a, b, where x_s = a·x_t + b·ε.")
+        return wrong("expected two coefficients: return a, b, where x_s = a·x_t + b·ε.")
     a, b = (float64(value).expand_as(now) for value in got)
     true_a = (then / now).sqrt()
     true_b = (1 - then).sqrt() - true_a * (1 - now).sqrt()
@@ -104,29 +100,29 @@ def check_coefficients(answer) -> Verdict:
         return torch.allclose(value, target, rtol=1e-6)
 
     if same(a, true_a) and same(b, true_b):
-        return right("b is negative: a step towards the image scales x_t up, and takes noise out.")
+        return right("b is negative: a step toward the image scales x_t up and removes noise.")
     if same(a, true_a) and same(b, -true_b):
         return wrong(
-            "the sign of b: the step is written a·x_t + b·ε, with a plus, and noise is taken out."
+            "the sign of b: the step is written a·x_t + b·ε with a plus, and it removes noise."
         )
     if same(a, true_a) and same(b, (1 - then).sqrt()):
         return wrong(
-            "b is the noise that x_s shall have. But a·x_t brings noise along as well: subtract "
+            "this b is the noise that x_s should have, but a·x_t contains noise as well: subtract "
             "a·√(1 − ᾱ_t)."
         )
     if same(a, then.sqrt()):
         return wrong(
-            "a is √ᾱ_s, the weight of x̂₀. Put x̂₀ = (x_t − √(1−ᾱ_t)·ε)/√ᾱ_t in, and collect x_t."
+            "this a is √ᾱ_s, the weight of x̂₀. Insert x̂₀ = (x_t − √(1−ᾱ_t)·ε)/√ᾱ_t and collect x_t."
         )
     if same(a, 1 / true_a):
-        return wrong("a is upside down: the image grows on the way down, by √(ᾱ_s/ᾱ_t).")
+        return wrong("a is upside down: the step scales the image up, by √(ᾱ_s/ᾱ_t).")
     if same(a, true_a):
         return wrong(
-            "a is right; b is not: √(1 − ᾱ_s) straight from (06.1), and a part that comes through "
-            "x̂₀."
+            "a is right; b is not: it is √(1 − ᾱ_s) from (06.1) and a second part that comes "
+            "from x̂₀."
         )
     if same(b, true_b):
-        return wrong("b is right; a is not: the weight of x_t comes through x̂₀ alone.")
+        return wrong("b is right; a is not: the weight of x_t comes from x̂₀ alone.")
     return wrong(
-        "neither coefficient fits: put x̂₀ = (x_t − √(1−ᾱ_t)·ε)/√ᾱ_t into (06.1) with σ = 0."
+        "neither coefficient is right: put x̂₀ = (x_t − √(1−ᾱ_t)·ε)/√ᾱ_t into (06.1) with σ = 0."
     )

@@ -8,7 +8,7 @@ from . import Verdict, attempt, float64, is_number, right, unanswered, wrong
 
 
 def check_lead(guess) -> Verdict:
-    """Check exercise 9.1: the mean of ln s₁ − ln s₂ for two images.
+    """Check exercise 9.1: the mean of ln p₁ − ln p₂ for two images.
 
     Their squared distance |x₁ − x₂|² is 100, and the signal-to-noise ratio is 0.1.
     """
@@ -33,29 +33,29 @@ def check_lead(guess) -> Verdict:
         if abs(guess - slip) < max(0.02 * abs(slip), 0.05):
             return wrong(words)
     return wrong(
-        "not that: put x_t = √ᾱ·x₁ + √(1−ᾱ)·ε into both exponents of (09.6), subtract, and take "
+        "not that: put x_t = √ᾱ·x₁ + √(1−ᾱ)·ε into both exponents of (09.3), subtract, and take "
         "the mean over ε."
     )
 
 
-def check_score(answer) -> Verdict:
-    """Check exercise 9.2: the gradient of ln q(x_t) (Tweedie's formula).
+def check_variance(answer) -> Verdict:
+    """Check exercise 9.2: the variance of each pixel of x0, given the shares of the images.
 
-    answer(x_t, x0_hat, alpha_bar_t) → the gradient.
+    answer(shares, images) → variances (B, D), for shares (B, N) and images (N, D).
     """
-    x_t = torch.tensor([0.7, -0.2, 1.5], dtype=torch.float64, requires_grad=True)
-    a, mean, value = torch.tensor(0.6, dtype=torch.float64), 0.3, 0.2
-    density = torch.distributions.Normal(a.sqrt() * mean, (a * value + 1 - a).sqrt())
-    (truth,) = torch.autograd.grad(density.log_prob(x_t).sum(), x_t)
-    x_t = x_t.detach()
-    x0_hat = mean + a.sqrt() * value / (a * value + 1 - a) * (x_t - a.sqrt() * mean)
-    got, problem = attempt(answer, x_t, x0_hat, a)
+    rng = torch.Generator().manual_seed(9)
+    shares = (2 * torch.randn(2, 5, generator=rng, dtype=torch.float64)).softmax(dim=1)
+    images = torch.randn(5, 3, generator=rng, dtype=torch.float64)
+    got, problem = attempt(answer, shares, images)
     if problem:
         return problem
     got = float64(got)
+    mean = shares @ images
+    truth = torch.stack([p @ (images - m).square() for p, m in zip(shares, mean, strict=True)])
     if got.shape != truth.shape:
         return wrong(
-            f"the score has the shape of x_t, {tuple(truth.shape)}; yours has {tuple(got.shape)}."
+            f"one variance per noisy image and pixel, shape {tuple(truth.shape)}; yours has "
+            f"{tuple(got.shape)}."
         )
 
     def is_near(value):
@@ -63,37 +63,40 @@ def check_score(answer) -> Verdict:
 
     if is_near(truth):
         return right(
-            "it agrees with the derivative that autograd takes of the density of a noisy Gaussian."
+            "it agrees with the squared deviations from the guess, each weighted by its share."
         )
+    if is_near(shares @ images.square()):
+        return wrong("this is the mean of the squares; the square of the mean must be subtracted.")
     if is_near(-truth):
-        return wrong("the sign: the score points to where data are denser, from x_t towards √ᾱ·x̂₀.")
-    if is_near(truth * (1 - a).sqrt()):
-        return wrong(
-            "you divided by √(1 − ᾱ), which gives −ε̂: the exponent of (09.2) brings 1 − ᾱ itself."
-        )
-    if is_near((x0_hat - x_t) / (1 - a)):
-        return wrong("the guess must be scaled: the noise lies around √ᾱ·x₀, not around x₀.")
-    if is_near(truth * (1 - a)):
-        return wrong("this is the direction; its length lacks the factor 1/(1 − ᾱ).")
+        return wrong("the sign: the mean of the squares minus the square of the mean.")
+    if is_near(truth.sqrt()):
+        return wrong("this is the standard deviation; leave out the square root.")
+    if is_near(images.var(dim=0).expand_as(truth)) or is_near(
+        images.var(dim=0, correction=0).expand_as(truth)
+    ):
+        return wrong("this is the variance over all images alike; weight each by its share.")
+    if is_near(mean):
+        return wrong("this is the guess itself, the mean of x0.")
+    if is_near(truth / len(images)):
+        return wrong("the shares sum to 1 already: do not divide by the number of images.")
     return wrong(
-        "not that: the derivative of the exponent in (09.2) is (√ᾱ·x₀ − x_t)/(1 − ᾱ); take its "
-        "mean over x₀."
+        "not that: the mean of the squares is shares @ images², and the mean is shares @ images."
     )
 
 
 def check_factor(answer) -> Verdict:
-    """Check exercise 9.3: the factor by which a noiseless DDIM step multiplies x_t for N(0, value).
+    """Check exercise 9.3: the factor by which a noiseless DDIM step multiplies x_t for N(0, c).
 
-    answer(alpha_bar_t, alpha_bar_s, value) → the factor.
+    answer(alpha_bar_t, alpha_bar_s, c) → the factor.
     """
     now, then = (torch.tensor(v, dtype=torch.float64) for v in ([0.02, 0.3, 0.6], [0.1, 0.5, 0.99]))
-    value = 0.25
-    got, problem = attempt(answer, now, then, value)
+    c = 0.25
+    got, problem = attempt(answer, now, then, c)
     if problem:
         return problem
     got = float64(got).expand_as(now)
-    before, after = now * value + 1 - now, then * value + 1 - then
-    truth = ((now * then).sqrt() * value + ((1 - now) * (1 - then)).sqrt()) / before
+    before, after = now * c + 1 - now, then * c + 1 - then
+    truth = ((now * then).sqrt() * c + ((1 - now) * (1 - then)).sqrt()) / before
 
     def is_near(other):
         return torch.allclose(got, other, rtol=1e-6)
@@ -108,14 +111,14 @@ def check_factor(answer) -> Verdict:
             "that is the exact flow. DDIM takes a straight step: put the guess and its ε into "
             "(06.1)."
         )
-    if is_near(then.sqrt() * now.sqrt() * value / before):
+    if is_near(then.sqrt() * now.sqrt() * c / before):
         return wrong(
             "that is the part that comes through x̂₀; the noise that is kept, √(1 − ᾱ_s)·ε̂, is "
             "missing."
         )
     if is_near(truth * before):
-        return wrong("both x̂₀ and ε̂ carry the factor 1/(ᾱ_t·λ + 1 − ᾱ_t).")
+        return wrong("both x̂₀ and ε̂ carry the factor 1/(ᾱ_t·c + 1 − ᾱ_t).")
     return wrong(
-        "not that: x̂₀ = √ᾱ_t·λ·x_t/V and ε̂ = √(1−ᾱ_t)·x_t/V with V = ᾱ_t·λ + 1 − ᾱ_t, put into "
+        "not that: x̂₀ = √ᾱ_t·c·x_t/V and ε̂ = √(1−ᾱ_t)·x_t/V with V = ᾱ_t·c + 1 − ᾱ_t, put into "
         "(06.1) with σ = 0."
     )

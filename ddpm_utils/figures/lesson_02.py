@@ -121,7 +121,7 @@ def similarity(dots: Tensor, shown: tuple[int, ...], n_steps: int = 80) -> Figur
         row = dots[step][order]
         right.plot(gaps[1:], row[1:], color=color, linewidth=thick, label=f"t = {step}")
     right.set(xscale="log", xlim=(1, len(dots)), xlabel="gap |t − s|, steps", ylabel="e(t) · e(s)")
-    right.set_title("three rows of it: one curve")
+    right.set_title("three rows of the full matrix")
     right.legend()
     return fig
 
@@ -184,15 +184,14 @@ def added_by_size(sizes: list[int], added: list[float], network: float) -> Figur
     ax.plot(sizes, added, "o-", color=plots.MODEL)
     for size, percent in zip(sizes, added, strict=True):
         ax.annotate(f"{percent:.0f} %", (size, percent), (6, 5), textcoords="offset points")
-    ax.axhline(network, linestyle="--", color=plots.NOISE)
-    text = f"network of section 5: {network:.0f} %"
+    ax.plot(sizes[-1], network, "s", color=plots.NOISE)
     ax.annotate(
-        text,
-        (0.9, network),
-        (0, 4),
+        f"network of section 5,\nFashion-MNIST: {network:.0f} %",
+        (sizes[-1], network),
+        (12, 8),
         textcoords="offset points",
         color=plots.NOISE,
-        ha="left",
+        ha="right",
         va="bottom",
     )
     middle = len(sizes) // 2
@@ -228,15 +227,18 @@ def probes(t: Tensor, estimates: dict[str, Tensor], true_std: Tensor) -> Figure:
 
 
 def embedding_losses(losses: dict[str, list[float]], source: str) -> Figure:
-    """A row of dots for each embedding, one dot a seed, and their mean as a bar."""
+    """A row of marks for each embedding, one for each seed, and their mean as a bar."""
     fig, ax = plots.figure(width=7.2, height=0.42 * len(losses) + 1.0)
     for y, values in enumerate(losses.values()):
         mean = sum(values) / len(values)
-        ax.plot(values, [y] * len(values), "o", color=plots.DATA, markersize=6, alpha=0.7)
+        for seed, (value, mark) in enumerate(zip(values, "os^", strict=False)):
+            named = {"label": f"seed {seed}"} if y == 0 else {}
+            ax.plot(value, y, mark, color=plots.DATA, markersize=6, alpha=0.7, **named)
         ax.plot([mean, mean], [y - 0.3, y + 0.3], color="black", linewidth=2.5)
     ax.set_yticks(range(len(losses)), list(losses))
     ax.set(ylim=(len(losses) - 0.5, -0.6), xlabel="loss on held-out images")
-    ax.set_title(f"{source}: one dot a seed, bar: mean")
+    ax.legend(loc="upper right")
+    ax.set_title(f"{source}: one mark a seed, bar: mean (the axis does not start at 0)")
     return fig
 
 
@@ -245,13 +247,14 @@ def distances(gaps: Tensor, curves: dict[str, Tensor]) -> Figure:
     shades = plots.REFERENCE, plots.NOISE, plots.MODEL, plots.EXTRA
     fig, ax = plots.figure(width=7.2, height=3.7)
     for (name, curve), color in zip(curves.items(), shades, strict=True):
-        ax.plot(gaps, curve, "o-", color=color, markersize=4)
-        at, shift, side = (2, (0, 8), "bottom") if color == plots.NOISE else (3, (4, -8), "top")
+        ax.plot(gaps, curve, color=color)
+        at, shift, side = (2, (0, 8), "bottom") if color == plots.NOISE else (7, (4, -8), "top")
         ax.annotate(
             name, (gaps[at], curve[at]), shift, textcoords="offset points", color=color, va=side
         )
     ax.set(xscale="log", yscale="log", ylim=(1e-3, 60), xlabel="gap |t − s|, steps")
-    ax.set_xticks(gaps.tolist(), [str(gap) for gap in gaps.tolist()])
+    ticks = [tick for tick in (1, 3, 10, 30, 100, 300, 1000, 3000) if tick <= len(gaps)]
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.minorticks_off()
     ax.set(ylabel="distance of e(t) and e(s)")
     ax.set_title("Fast hands only: the distance stops growing after a few steps")
