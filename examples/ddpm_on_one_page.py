@@ -117,7 +117,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(4, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1)
-        nn.init.zeros_(self.conv2.weight)  # the block starts as its shortcut
+        nn.init.zeros_(self.conv2.weight)  # the block starts nearly as its shortcut
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
