@@ -31,7 +31,6 @@ ASSETS = {
     "02_clock.png": "lesson_02/first.png",
     "03_unet.png": "lesson_03/first.png",
     "04_training.png": "lesson_04/first.png",
-    "06_fast_sampling.png": "lesson_06/first.png",
     "09_exact_denoiser.png": "lesson_09/first.png",
     "12_four_unets.png": "lesson_12/first.png",
 }
